@@ -1,0 +1,208 @@
+"""Gemma 4 assistant: a small drafter that has no keys of its own and reads the target's cache in place.
+
+Source: transformers 5.22.2, models/gemma4_assistant. One draft step takes the target's embedding of a token
+and a hidden state as wide as the target's, and gives a token and the hidden state of the next step.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from mtp_mlx.cache import MAX_BLOCK, Cache
+from mtp_mlx.models.gemma4 import DecoderLayer, TextConfig
+from mtp_mlx.models.gemma4 import Model as Gemma4
+from mtp_mlx.types import Draft, Mask, Output, Span, Visible
+
+
+@dataclass(frozen=True)
+class Config:
+    text: TextConfig
+    backbone_hidden_size: int  # the target's width
+    use_ordered_embeddings: bool
+    num_centroids: int
+    centroid_intermediate_top_k: int
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> "Config":
+        """Read a config.json. Raises KeyError with the name of a key that has no default."""
+        # Some files say 0 shared layers; an assistant has no keys of its own in any of them.
+        text = {**config["text_config"], "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0}
+        parsed = TextConfig.from_dict({**config, "text_config": text})
+        return cls(
+            text=replace(parsed, num_kv_shared_layers=len(parsed.layer_types), use_double_wide_mlp=False),
+            backbone_hidden_size=config["backbone_hidden_size"],
+            use_ordered_embeddings=config.get("use_ordered_embeddings", False),
+            num_centroids=config.get("num_centroids", 2048),
+            centroid_intermediate_top_k=config.get("centroid_intermediate_top_k", 32),
+        )
+
+
+class Scores(NamedTuple):
+    """Draft logits, over the whole vocabulary or over candidates only."""
+
+    logits: mx.array  # (B, L, C)
+    ids: mx.array | None  # (B, L, C) token of each column; None: the column is the token
+
+    def argmax(self) -> mx.array:
+        """The best token, (B, L)."""
+        best = mx.argmax(self.logits, axis=-1)
+        return best if self.ids is None else mx.take_along_axis(self.ids, best[..., None], axis=-1)[..., 0]
+
+
+class MaskedEmbedding(nn.Module):
+    """Ordered head: score the centroids of token groups, then only the tokens of the best groups."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.centroids = nn.Linear(config.text.hidden_size, config.num_centroids, bias=False)
+        self.token_ordering = mx.zeros((config.text.vocab_size,), mx.int32)
+        self.groups = config.num_centroids
+        self.top_k = config.centroid_intermediate_top_k
+
+    def __call__(self, n: mx.array, table: nn.Embedding) -> Scores:
+        """Scores of the (B, L, top_k * V / centroids) candidate tokens for n, (B, L, D)."""
+        nearest = mx.argpartition(self.centroids(n), kth=-self.top_k, axis=-1)[..., -self.top_k :]
+        ids = self.token_ordering.reshape(self.groups, -1)[nearest].flatten(-2)  # (B, L, C)
+        return Scores((table(ids) @ n[..., None])[..., 0], ids)
+
+
+class Layers(nn.Module):
+    """The part of the checkpoint under `model.`."""
+
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        # Only ever the output head: the assistant looks tokens up in the target's table.
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = [DecoderLayer(config, i) for i in range(len(config.layer_types))]
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+
+class Step(NamedTuple):
+    """The outcome of one draft step."""
+
+    scores: Scores
+    hidden: mx.array  # (B, 1, backbone width), input of the next step
+
+
+class Model(nn.Module):
+    """The network of one draft step."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        width, backbone = config.text.hidden_size, config.backbone_hidden_size
+        self.model = Layers(config.text)
+        self.pre_projection = nn.Linear(2 * backbone, width, bias=False)
+        self.post_projection = nn.Linear(width, backbone, bias=False)
+        if config.use_ordered_embeddings:
+            self.masked_embedding = MaskedEmbedding(config)
+
+    def __call__(
+        self,
+        embedding: mx.array,  # (B, 1, backbone width) the target's, scaled
+        hidden: mx.array,  # (B, 1, backbone width)
+        memory: Mapping[str, tuple[Visible, Mask]],  # kind of layer -> the target's keys and values
+        span: Span,
+    ) -> Step:
+        h = self.pre_projection(mx.concatenate([embedding, hidden], axis=-1))
+        for layer, kind in zip(self.model.layers, self.config.text.layer_types, strict=True):
+            visible, mask = memory[kind]
+            h, _ = layer(h, None, visible, mask, span)
+        n = self.model.norm(h)
+        table = self.model.embed_tokens
+        ordered = self.config.use_ordered_embeddings
+        scores = self.masked_embedding(n, table) if ordered else Scores(table.as_linear(n), None)
+        return Step(scores, self.post_projection(n))
+
+    def sanitize(self, weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
+        """Parameters of this model out of a checkpoint's tensors."""
+        kept = {name: array for name, array in weights.items() if name != "lm_head.weight"}  # tied
+        if "masked_embedding.token_ordering" in kept:
+            ordering = kept["masked_embedding.token_ordering"]
+            kept["masked_embedding.token_ordering"] = ordering.astype(mx.int32)
+        return kept
+
+
+class State(NamedTuple):
+    """What the assistant knows of one sequence. Keys and values are the target's."""
+
+    cache: Cache
+    hidden: mx.array | None  # (B, 1, D) the target's hidden of the last kept token
+
+
+@dataclass(frozen=True)
+class Assistant:
+    """The drafter: chains draft steps from the last kept hidden, the position held still.
+
+    The position of the query is that of the token the target has just chosen, P, plus `position_offset`.
+    transformers and llama.cpp use P; vLLM, SGLang and mlx-vlm use P-1. The visible keys are the same in both
+    cases: all committed ones, or the last `sliding_window` of them.
+    """
+
+    network: Model
+    target: Gemma4
+    position_offset: int = 0
+    limit: int = MAX_BLOCK - 1
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights; the target's table and cache are not counted again."""
+        return sum(array.nbytes for _, array in tree_flatten(self.network.parameters()))
+
+    def start(self, cache: Cache) -> State:
+        return State(cache, None)
+
+    def advance(self, state: State, tokens: mx.array, output: Output, count: mx.array) -> State:
+        last = mx.take_along_axis(output.hidden, count[:, None, None], axis=1)  # (B, 1, D)
+        return State(state.cache, last)
+
+    def draft(self, state: State, last: mx.array, k: int) -> Draft:
+        tokens = [scores.argmax() for scores, _ in self.steps(state, last, k)]
+        return Draft(mx.concatenate(tokens, axis=1).astype(mx.int32) if tokens else _no_tokens(last))
+
+    def steps(self, state: State, last: mx.array, k: int) -> list[Step]:
+        """k chained draft steps; nothing is evaluated between them."""
+        assert state.hidden is not None or k == 0, "a draft starts from the hidden of a kept token"
+        span = Span(state.cache.position + self.position_offset, 1)
+        memory = self._memory(state.cache)
+        token, hidden = last[:, None], state.hidden
+        chain: list[Step] = []
+        for _ in range(k):
+            step = self.network(self.target.embed(token), hidden, memory, span)
+            token, hidden = step.scores.argmax(), step.hidden
+            chain.append(step)
+        return chain
+
+    def _memory(self, cache: Cache) -> dict[str, tuple[Visible, Mask]]:
+        """The target's last sliding and last full layer: all that its newest kept token can see there."""
+        newest = Span(cache.position - 1, 1)
+        kinds = set(self.network.config.text.layer_types)
+        layers = {kind: cache.layers[self.target.config.owner(kind)] for kind in kinds}
+        return {kind: (layer.stored(), layer.mask(newest)) for kind, layer in layers.items()}
+
+
+def _no_tokens(last: mx.array) -> mx.array:
+    return mx.zeros((last.shape[0], 0), mx.int32)
+
+
+def mismatches(drafter: Config, target: TextConfig) -> list[str]:
+    """Everything that keeps an assistant from working with a target, in words; empty if they fit."""
+    text = drafter.text
+    pairs: list[tuple[str, Any, Any]] = [
+        ("hidden size", drafter.backbone_hidden_size, target.hidden_size),
+        ("vocabulary", text.vocab_size, target.vocab_size),
+        ("sliding window", text.sliding_window, target.sliding_window),
+    ]
+    strange = set(text.layer_types) - set(target.layer_types[: target.first_shared])
+    if strange:
+        pairs.append(("layer types", sorted(set(text.layer_types)), sorted(set(target.layer_types))))
+    for kind in sorted(set(text.layer_types) - strange):
+        own, read = text.layer_types.index(kind), target.owner(kind)
+        pairs.append((f"KV heads in {kind}", text.kv_heads[own], target.kv_heads[read]))
+        pairs.append((f"head size in {kind}", text.head_dims[own], target.head_dims[read]))
+        pairs.append((f"RoPE in {kind}", dict(text.rope[kind]), dict(target.rope[kind])))
+    return [f"{name} {given}, target has {wanted}" for name, given, wanted in pairs if given != wanted]

@@ -1,0 +1,25 @@
+"""Lossless multi-token prediction on MLX."""
+
+from mtp_mlx.errors import CheckpointError, MTPError, PairError, RequestError
+from mtp_mlx.generate import Response, generate, stream_generate
+from mtp_mlx.loading import load
+from mtp_mlx.sampling import Greedy, Sample
+from mtp_mlx.stats import Stats
+from mtp_mlx.types import Pair
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CheckpointError",
+    "Greedy",
+    "MTPError",
+    "Pair",
+    "PairError",
+    "RequestError",
+    "Response",
+    "Sample",
+    "Stats",
+    "generate",
+    "load",
+    "stream_generate",
+]

@@ -1,0 +1,197 @@
+"""Key/value buffers of fixed capacity, with the position on the device.
+
+A rejected draft is never removed: it lies beyond the position, where no mask lets anybody see it, and the
+next block overwrites it. So `commit` is one addition, and shapes stay the same from round to round.
+"""
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from mtp_mlx.types import LayerCache, Mask, Span, Visible
+
+MAX_BLOCK = 32  # rows of the largest block that may be written while decoding: the slack of a ring
+SMALLEST = 256  # rows of the smallest bucket
+
+
+def bucket(rows: int) -> int:
+    """Capacity for `rows` rows: eight sizes between two powers of two, so at most an eighth stays empty.
+
+    >>> bucket(10), bucket(257), bucket(5000)
+    (256, 512, 5120)
+    """
+    step = max(SMALLEST, 1 << max(rows.bit_length() - 4, 0))
+    return -(-rows // step) * step
+
+
+class Cache:
+    """What a target remembers of one sequence: its layers' buffers and how many tokens are kept."""
+
+    def __init__(self, layers: list[LayerCache], batch: int = 1):
+        self.layers = layers
+        self.position = mx.zeros((batch,), mx.int32)  # (B,) tokens kept
+        self.capacity = 0
+
+    def reserve(self, rows: int) -> None:
+        """Make room for positions 0 .. rows-1 in every layer."""
+        if rows > self.capacity:
+            self.capacity = bucket(rows)
+            for layer in self.layers:
+                layer.reserve(self.capacity)
+
+    def span(self, length: int) -> Span:
+        """The block of `length` tokens that comes next."""
+        return Span(self.position, length)
+
+    def commit(self, count: mx.array | int) -> None:
+        """Keep the first `count` rows, (B,), of the block last written; the others are as good as gone."""
+        self.position = self.position + count
+
+    def arrays(self) -> list[mx.array]:
+        """Everything that has to be evaluated at the end of a round."""
+        return [self.position, *(array for layer in self.layers for array in layer.arrays())]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by the buffers, empty capacity included."""
+        return sum(array.nbytes for array in self.arrays())
+
+
+@dataclass
+class _Buffers:
+    """Keys and values of one layer, (B, H, S, head size). Their dtype is that of the first rows written."""
+
+    capacity: int
+    keys: mx.array | None = None
+    values: mx.array | None = None
+
+    def room_for(self, keys: mx.array, values: mx.array) -> Visible:
+        """The buffers, allocated or enlarged to the present capacity."""
+        self.keys = _enlarged(self.keys, keys, self.capacity)
+        self.values = _enlarged(self.values, values, self.capacity)
+        return Visible(self.keys, self.values)
+
+    def scatter(self, keys: mx.array, values: mx.array, slots: mx.array) -> Visible:
+        """Put rows (B, H, L, head size) into slots (B, L)."""
+        held = self.room_for(keys, values)
+        index = slots[:, None, :, None]
+        self.keys = mx.put_along_axis(held.keys, mx.broadcast_to(index, keys.shape), keys, axis=2)
+        self.values = mx.put_along_axis(held.values, mx.broadcast_to(index, values.shape), values, axis=2)
+        return Visible(self.keys, self.values)
+
+    def stored(self) -> Visible:
+        assert self.keys is not None and self.values is not None, "nothing has been written yet"
+        return Visible(self.keys, self.values)
+
+    def arrays(self) -> list[mx.array]:
+        return [array for array in (self.keys, self.values) if array is not None]
+
+
+def _enlarged(buffer: mx.array | None, rows: mx.array, capacity: int) -> mx.array:
+    """The buffer with `capacity` slots; zeros where there is none yet."""
+    batch, heads, _, size = rows.shape
+    if buffer is None:
+        return mx.zeros((batch, heads, capacity, size), rows.dtype)
+    missing = capacity - buffer.shape[2]
+    if missing <= 0:
+        return buffer
+    return mx.concatenate([buffer, mx.zeros((batch, heads, missing, size), buffer.dtype)], axis=2)
+
+
+class FullCache:
+    """Every token's keys and values: slot = position."""
+
+    def __init__(self) -> None:
+        self._buffers = _Buffers(SMALLEST)
+
+    def reserve(self, rows: int) -> None:
+        self._buffers.capacity = rows
+
+    def write(self, keys: mx.array, values: mx.array, span: Span) -> Visible:
+        if isinstance(span.start, int):
+            # Reading a prompt: the host knows where it is and need not attend over empty slots.
+            end = span.start + span.length
+            held = self._buffers.room_for(keys, values)
+            held.keys[:, :, span.start : end] = keys
+            held.values[:, :, span.start : end] = values
+            return Visible(held.keys[:, :, :end], held.values[:, :, :end])
+        return self._buffers.scatter(keys, values, span.positions())
+
+    def mask(self, span: Span) -> Mask:
+        if isinstance(span.start, int):
+            return "causal"
+        slots = mx.arange(self._buffers.capacity)
+        return (slots <= span.positions()[..., None])[:, None]  # (B, 1, L, S)
+
+    def stored(self) -> Visible:
+        return self._buffers.stored()
+
+    def arrays(self) -> list[mx.array]:
+        return self._buffers.arrays()
+
+
+class SlidingCache:
+    """The last `window` tokens' keys and values, in a ring: slot = position mod size.
+
+    A query at position q sees the positions q - window < p <= q. The ring is longer than the window by the
+    largest block, so that the rejected rows of a block never lie on a slot that is still inside the window.
+    """
+
+    def __init__(self, window: int) -> None:
+        self.window = window
+        self.size = window + MAX_BLOCK
+        self._buffers = _Buffers(self.size)
+
+    def reserve(self, rows: int) -> None:
+        """A ring has its final size from the start."""
+
+    def write(self, keys: mx.array, values: mx.array, span: Span) -> Visible:
+        if isinstance(span.start, int):
+            return self._write_prompt(keys, values, span.start)
+        assert span.length <= MAX_BLOCK, f"a block of {span.length} rows in a ring with {MAX_BLOCK} to spare"
+        return self._buffers.scatter(keys, values, span.positions() % self.size)
+
+    def _write_prompt(self, keys: mx.array, values: mx.array, start: int) -> Visible:
+        """A chunk of a prompt sees the window before it and itself, both in the order of time."""
+        length = keys.shape[2]
+        old = self._slots(start - self._before(start), start)
+        held = self._buffers.room_for(keys, values)
+        seen = Visible(
+            mx.concatenate([mx.take(held.keys, old, axis=2), keys], axis=2),
+            mx.concatenate([mx.take(held.values, old, axis=2), values], axis=2),
+        )
+        kept = min(length, self.size)
+        slots = self._slots(start + length - kept, start + length)
+        held.keys[:, :, slots] = keys[:, :, length - kept :]
+        held.values[:, :, slots] = values[:, :, length - kept :]
+        return seen
+
+    def mask(self, span: Span) -> Mask:
+        if isinstance(span.start, int):
+            return self._prompt_mask(span.start, span.length)
+        query = span.positions()[..., None]  # (B, L, 1)
+        # How long before the query a slot was written. A slot that was written after it, by this block or
+        # by a rejected draft, comes out as at least size - MAX_BLOCK = window, hence invisible.
+        age = (query - mx.arange(self.size)) % self.size  # (B, L, S)
+        return (age < mx.minimum(query + 1, self.window))[:, None]  # (B, 1, L, S)
+
+    def _prompt_mask(self, start: int, length: int) -> Mask:
+        before = self._before(start)
+        if before + length <= self.window:
+            return "causal"
+        query = mx.arange(before, before + length)[:, None]
+        key = mx.arange(before + length)
+        return (key <= query) & (key > query - self.window)
+
+    def _before(self, start: int) -> int:
+        """How many rows before `start` the first token of a chunk may still see."""
+        return min(start, self.window - 1)
+
+    def _slots(self, start: int, end: int) -> mx.array:
+        return mx.arange(start, end) % self.size
+
+    def stored(self) -> Visible:
+        return self._buffers.stored()
+
+    def arrays(self) -> list[mx.array]:
+        return self._buffers.arrays()

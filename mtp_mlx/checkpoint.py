@@ -1,0 +1,168 @@
+"""A checkpoint folder: its config, its tensors, its quantisation, each checked before anything is allocated."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+from safetensors import SafetensorError, safe_open
+
+from mtp_mlx.errors import CheckpointError
+
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One folder in the Hugging Face layout, released or converted to MLX."""
+
+    folder: Path
+    config: Mapping[str, Any]
+
+    @classmethod
+    def open(cls, folder: Path) -> "Checkpoint":
+        """Raises CheckpointError for a folder that is missing or has no readable config.json."""
+        if not folder.is_dir():
+            raise CheckpointError(f"{folder} is not a folder; give the folder that holds config.json")
+        if not (folder / "config.json").is_file():
+            raise CheckpointError(f"{folder} has no config.json; give the folder of a model checkpoint")
+        return cls(folder, _read_json(folder / "config.json"))
+
+    @property
+    def model_type(self) -> str:
+        return str(self.config.get("model_type", "(none)"))
+
+    def eos_token_ids(self) -> list[int] | None:
+        """Tokens that end a text: generation_config.json speaks first, as in mlx-lm."""
+        generation = self.folder / "generation_config.json"
+        places = [_read_json(generation)] if generation.is_file() else []
+        places += [dict(self.config), dict(self.config.get("text_config") or {})]
+        for place in places:
+            ids = place.get("eos_token_id")
+            if ids is not None:
+                return [ids] if isinstance(ids, int) else list(ids)
+        return None
+
+    def shards(self) -> list[Path]:
+        """The weight files, each with a readable header and its full length."""
+        index = self.folder / INDEX
+        if index.is_file():
+            names = sorted(set(_read_json(index).get("weight_map", {}).values()))
+        else:
+            names = sorted(path.name for path in self.folder.glob("model*.safetensors"))
+        if not names:
+            raise CheckpointError(f"{self.folder} has no model*.safetensors file; only safetensors are read")
+        for name in names:
+            if Path(name).name != name:
+                raise CheckpointError(f"{index} names the shard {name!r}, which is outside the folder; refused")
+            _check_file(self.folder / name)
+        return [self.folder / name for name in names]
+
+    def tensors(self) -> dict[str, mx.array]:
+        """Every tensor by name, read lazily."""
+        found: dict[str, mx.array] = {}
+        for shard in self.shards():
+            loaded = mx.load(str(shard))
+            assert isinstance(loaded, dict)
+            found.update(loaded)
+        return found
+
+    def fill(self, model: nn.Module, sanitize: Callable[[Mapping[str, mx.array]], dict[str, mx.array]]) -> None:
+        """Put the checkpoint's tensors into a model, quantising its modules as the checkpoint is.
+
+        Raises CheckpointError for missing, unknown or misshapen tensors.
+        """
+        weights = sanitize(self.tensors())
+        quantise_like(model, weights, self.quantization(), self.folder)
+        self._check_names(model, weights)
+        model.load_weights(list(weights.items()))
+        model.eval()
+        mx.eval(model.parameters())
+
+    def quantization(self) -> Mapping[str, Any] | None:
+        """The quantisation of an MLX checkpoint. Raises CheckpointError for another toolkit's format."""
+        ours = self.config.get("quantization")
+        if ours is not None:
+            return dict(ours)
+        theirs = self.config.get("quantization_config")
+        if theirs is not None and "quant_method" in theirs:
+            raise CheckpointError(
+                f"{self.folder} is quantised with {theirs['quant_method']!r}; use an MLX conversion or the "
+                "original bfloat16 checkpoint"
+            )
+        return None if theirs is None else dict(theirs)
+
+    def _check_names(self, model: nn.Module, weights: Mapping[str, mx.array]) -> None:
+        wanted: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
+        missing, unknown = sorted(wanted.keys() - weights.keys()), sorted(weights.keys() - wanted.keys())
+        if missing:
+            raise CheckpointError(
+                f"{self.folder} lacks {_some(missing)} that its config calls for; download it again, or check "
+                "that config.json belongs to these weights"
+            )
+        if unknown:
+            raise CheckpointError(
+                f"{self.folder} has {_some(unknown)} that model_type {self.model_type!r} does not know; the "
+                "config belongs to another model, or the format is newer than this program"
+            )
+        for name, array in weights.items():
+            if array.shape != wanted[name].shape:
+                raise CheckpointError(
+                    f"{self.folder}: {name} has shape {array.shape}, its config means {wanted[name].shape}"
+                )
+
+
+def quantise_like(
+    model: nn.Module, weights: Mapping[str, mx.array], quantization: Mapping[str, Any] | None, folder: Path
+) -> None:
+    """Turn those modules into quantised ones for which the checkpoint has scales."""
+    if not any(name.endswith(".scales") for name in weights):
+        return
+    if quantization is None:
+        raise CheckpointError(f"{folder} holds quantised tensors but its config.json has no quantization entry")
+    default = {key: value for key, value in quantization.items() if key in ("group_size", "bits", "mode")}
+    layers = {key: value for key, value in quantization.items() if isinstance(value, dict)}
+
+    def choice(path: str, module: nn.Module) -> bool | dict[str, Any]:
+        if f"{path}.scales" not in weights:
+            return False
+        named = next((layers[prefix + path] for prefix in _WRAPPERS if prefix + path in layers), {})
+        return {"mode": "affine", **default, **named}
+
+    try:
+        nn.quantize(model, class_predicate=choice)
+    except ValueError as error:
+        raise CheckpointError(f"{folder}: this MLX cannot read its quantisation {default}: {error}") from error
+
+
+_WRAPPERS = ("", "language_model.")
+
+
+def _check_file(path: Path) -> None:
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing though the checkpoint's index names it; download it again")
+    try:
+        with safe_open(path, framework="numpy"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged or cut short ({error}); download it again") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a JSON {type(content).__name__}, expected an object")
+    return content
+
+
+def _some(names: list[str]) -> str:
+    """'3 tensors (a, b, ...)'."""
+    shown = ", ".join(names[:2]) + (", ..." if len(names) > 2 else "")
+    return f"{len(names)} tensor{'s' if len(names) > 1 else ''} ({shown})"

@@ -1,0 +1,163 @@
+"""How many tokens to draft next, decided by what drafting has been worth so far on this machine.
+
+A depth k brings 1 + p1 + p1 p2 + ... tokens per round, with p_j the chance that draft j is right when those
+before it were, and costs the measured time of such a round. The best ratio wins; depth 0 is always a candidate.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from mtp_mlx.errors import RequestError
+
+DEEPEST = 6  # what `auto` tries at most
+TRIAL = 4  # depth of the first trial and of later probes while drafting is off
+SAMPLES = 3  # rounds at each depth before it is judged, the first of them not counted
+GAIN = 1.03  # a change must promise at least this
+PROBE_AFTER, PROBE_AT_MOST = 32, 512  # rounds between probes of the depths not in use, doubling
+
+
+class Depth(Protocol):
+    """Chooses the number of drafts of each round and learns from the outcome."""
+
+    def choose(self) -> int: ...
+
+    def observe(self, drafted: int, accepted: int, seconds: float) -> None: ...
+
+    def reason(self) -> str:
+        """Why the present depth was chosen, for people."""
+        ...
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """Always the same number of drafts."""
+
+    k: int
+    why: str = "set by the caller"
+
+    def choose(self) -> int:
+        return self.k
+
+    def observe(self, drafted: int, accepted: int, seconds: float) -> None:
+        """Nothing to learn."""
+
+    def reason(self) -> str:
+        return self.why
+
+
+@dataclass
+class Cost:
+    """Seconds per round at one depth: the first sample is dropped, then a slow average that outliers barely move."""
+
+    seen: int = 0
+    seconds: float = 0.0
+
+    def add(self, seconds: float) -> None:
+        self.seen += 1
+        if self.seen <= 2:
+            self.seconds = seconds
+        elif self.seen <= SAMPLES:
+            self.seconds = min(self.seconds, seconds)
+        else:
+            bounded = min(max(seconds, 0.75 * self.seconds), 1.25 * self.seconds)
+            self.seconds += 0.2 * (bounded - self.seconds)
+
+
+@dataclass
+class Measured:
+    """Tries depth 0 and a trial depth, then follows the best measured tokens per second."""
+
+    deepest: int = DEEPEST
+    current: int = 0
+    costs: dict[int, Cost] = field(default_factory=dict)
+    tried: list[float] = field(default_factory=list)  # decayed count of drafts judged at each position
+    right: list[float] = field(default_factory=list)  # of those, how many were accepted
+    plan: list[int] = field(default_factory=list)  # depths still to be tried, next one last
+    wait: int = PROBE_AFTER
+    since_probe: int = 0
+
+    def __post_init__(self) -> None:
+        trial = min(TRIAL, self.deepest)
+        self.plan = [trial] * SAMPLES + [0] * SAMPLES
+
+    def choose(self) -> int:
+        return self.plan[-1] if self.plan else self.current
+
+    def observe(self, drafted: int, accepted: int, seconds: float) -> None:
+        self.costs.setdefault(drafted, Cost()).add(seconds)
+        self._count(drafted, accepted)
+        if self.plan:
+            self.plan.pop()
+        else:
+            self.since_probe += 1
+        if not self.plan:
+            self._decide()
+
+    def _count(self, drafted: int, accepted: int) -> None:
+        """Only the positions that were reached say anything: all accepted ones and the first rejected."""
+        for j in range(min(accepted + 1, drafted)):
+            if j == len(self.tried):
+                self.tried.append(0.0)
+                self.right.append(0.0)
+            self.tried[j] = 0.98 * self.tried[j] + 1
+            self.right[j] = 0.98 * self.right[j] + (j < accepted)
+
+    def _decide(self) -> None:
+        best = max(range(self.deepest + 1), key=self.tokens_per_second)
+        if best != self.current and self.tokens_per_second(best) > GAIN * self.tokens_per_second(self.current):
+            self.current, self.since_probe, self.wait = best, 0, PROBE_AFTER
+        if self.since_probe >= self.wait:
+            # Two rounds, as the first after a change of depth may pay for buffers of another shape.
+            self.plan = [0, 0] if self.current else [min(TRIAL, self.deepest)] * 2
+            self.since_probe, self.wait = 0, min(2 * self.wait, PROBE_AT_MOST)
+
+    def tokens_per_round(self, k: int) -> float:
+        """Expected tokens of a round with k drafts; a position never reached is taken to be like the one before."""
+        total, reached, chance = 1.0, 1.0, 0.5
+        for j in range(k):
+            if j < len(self.tried):
+                chance = (self.right[j] + 0.5) / (self.tried[j] + 1)
+            reached *= chance
+            total += reached
+        return total
+
+    def seconds(self, k: int) -> float:
+        """Cost of a round with k drafts, on the line through the nearest depths measured where k itself was not."""
+        known = sorted(depth for depth, cost in self.costs.items() if cost.seen > 1)
+        if k in known:
+            return self.costs[k].seconds
+        if len(known) < 2:
+            return math.inf
+        low = max((depth for depth in known[:-1] if depth < k), default=known[0])
+        high = min(depth for depth in known if depth > low)
+        slope = (self.costs[high].seconds - self.costs[low].seconds) / (high - low)
+        return self.costs[low].seconds + slope * (k - low)
+
+    def tokens_per_second(self, k: int) -> float:
+        return self.tokens_per_round(k) / max(self.seconds(k), 1e-9)
+
+    def reason(self) -> str:
+        trial = self.current or min(TRIAL, self.deepest)
+        steps = self.seconds(trial) / self.seconds(0)
+        if not math.isfinite(steps):
+            return "still comparing depths: too few rounds so far"
+        return (
+            f"a round with {trial} drafts costs {steps:.1f} plain steps here "
+            f"and brings {self.tokens_per_round(trial):.1f} tokens"
+        )
+
+
+def choose_depth(depth: int | str, limit: int) -> Depth:
+    """The policy a user means by a number or "auto". Raises RequestError for anything else."""
+    if depth == "auto":
+        return Measured(min(DEEPEST, limit)) if limit else Fixed(0, "no drafter")
+    if isinstance(depth, str) or isinstance(depth, bool):
+        raise RequestError(f'depth {depth!r} is neither "auto" nor a number of drafts')
+    if depth < 0:
+        raise RequestError(f"depth {depth} is negative; give 0 to turn drafting off")
+    if limit == 0 and depth > 0:
+        raise RequestError(f"depth {depth} needs a drafter and there is none; give --drafter or use depth 0")
+    if depth > limit:
+        raise RequestError(f"depth {depth} is more than this drafter's limit of {limit}")
+    return Fixed(depth)

@@ -1,0 +1,25 @@
+"""The errors a user can meet.
+
+    MTPError
+    ├── CheckpointError   a folder, a config or a weight file is not what it should be
+    ├── PairError         target and drafter do not fit each other
+    └── RequestError      a prompt or an option that cannot be served
+
+Each message is one line: what was given, what fits, what to do. The command line prints it and exits with 1.
+"""
+
+
+class MTPError(Exception):
+    """Root of every error that a user may act on."""
+
+
+class CheckpointError(MTPError):
+    """A checkpoint is missing, damaged or of an architecture we do not have."""
+
+
+class PairError(MTPError):
+    """The drafter was made for another target."""
+
+
+class RequestError(MTPError, ValueError):
+    """A request asks for something that cannot be done. A ValueError as well, as in mlx-lm."""

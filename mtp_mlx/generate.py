@@ -1,0 +1,184 @@
+"""mlx-lm's generation functions over a pair: one response per token, in mlx-lm's shape."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import mlx.core as mx
+from mlx_lm.generate import GenerationResponse
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from mtp_mlx.depth import choose_depth
+from mtp_mlx.errors import RequestError
+from mtp_mlx.rounds import Round, Sequence, rounds
+from mtp_mlx.sampling import Greedy, Sampler
+from mtp_mlx.stats import Memory, Stats
+from mtp_mlx.types import Pair
+
+Origin = Literal["plain", "accepted", "correction", "bonus"]
+Prompt = str | list[int] | mx.array
+
+DEFAULT_MAX_TOKENS = 256
+DEFAULT_PREFILL_STEP = 2048
+
+
+@dataclass
+class Response(GenerationResponse):  # type: ignore[misc]
+    """mlx-lm's response, and where the token comes from.
+
+    `origin` is "accepted" for a draft that was kept, "correction" for the target's token in place of a wrong
+    draft, "bonus" for its token after a draft that was right throughout, "plain" where nothing was drafted.
+    """
+
+    origin: Origin = "plain"
+    stats: Stats = field(default_factory=lambda: Stats(0))
+
+
+def stream_generate(
+    pair: Pair,
+    tokenizer: TokenizerWrapper,
+    prompt: Prompt,
+    max_tokens: int = DEFAULT_MAX_TOKENS,
+    *,
+    depth: int | str = "auto",
+    sampler: Sampler | None = None,
+    prefill_step_size: int = DEFAULT_PREFILL_STEP,
+    prompt_progress_callback: Callable[[int, int], None] | None = None,
+) -> Iterator[Response]:
+    """Generate text, one response per token.
+
+    `prompt` is text or token ids. `max_tokens` -1 means up to the model's context. `depth` is the number of
+    tokens to draft per round, 0 for plain decoding, "auto" for what measures fastest. The text is the same
+    at every depth. `sampler` is `Greedy()` (the default) or a `Sample(...)` of `mtp_mlx.sampling`.
+
+    Raises RequestError for an empty prompt, one that does not fit the model's context, or a bad option.
+    """
+    began = time.perf_counter()
+    ids = encode(tokenizer, prompt)
+    budget = check_lengths(len(ids), max_tokens, pair.target.context)
+    if prefill_step_size < 1:
+        raise RequestError(f"prefill step size {prefill_step_size} must be at least 1")
+    policy = choose_depth(depth, pair.drafter.limit)
+    with _wired():
+        mx.reset_peak_memory()
+        sequence = Sequence(pair, sampler or Greedy())
+        sequence.prefill(ids, prefill_step_size, prompt_progress_callback or _ignore)
+        memory = Memory(target=pair.target.nbytes, drafter=pair.drafter.nbytes)
+        stats = Stats(len(ids), prompt_seconds=time.perf_counter() - began, memory=memory)
+        emitter = _Emitter(tokenizer, budget)
+        for result in rounds(sequence, policy, budget):
+            if not stats.rounds:
+                stats = replace(stats, ttft_seconds=time.perf_counter() - began)
+            result = emitter.until_stop(result)
+            stats = stats.after(result, policy.reason(), sequence.cache.nbytes, mx.get_peak_memory())
+            yield from emitter.responses(result, stats)
+            if emitter.finished:
+                return
+
+
+class _Emitter:
+    """Turns rounds into responses: finds the stop, decodes the text, labels every token's origin."""
+
+    def __init__(self, tokenizer: TokenizerWrapper, budget: int):
+        self.stops = set(tokenizer.eos_token_ids)
+        self.detokenizer = tokenizer.detokenizer
+        self.budget = budget
+        self.emitted = 0
+        self.finished = False
+
+    def until_stop(self, result: Round) -> Round:
+        """The round up to and including the first stop token."""
+        for i, token in enumerate(result.tokens):
+            if token in self.stops:
+                return result.first(i + 1)
+        return result
+
+    def responses(self, result: Round, stats: Stats) -> Iterator[Response]:
+        for i, token in enumerate(result.tokens):
+            self.emitted += 1
+            stopped = token in self.stops
+            self.finished = stopped or self.emitted == self.budget
+            if not stopped:
+                self.detokenizer.add_token(token)
+            if self.finished:
+                self.detokenizer.finalize()
+            yield Response(
+                text=self.detokenizer.last_segment,
+                token=token,
+                logprobs=result.logprobs[i],
+                from_draft=i < result.accepted,
+                prompt_tokens=stats.prompt_tokens,
+                prompt_tps=stats.prompt_tps,
+                generation_tokens=self.emitted,
+                generation_tps=stats.generation_tps,
+                peak_memory=stats.memory.peak / 1e9,
+                finish_reason=("stop" if stopped else "length") if self.finished else None,
+                origin=_origin(result, i),
+                stats=stats,
+            )
+
+
+def _origin(result: Round, i: int) -> Origin:
+    if i < result.accepted:
+        return "accepted"
+    if not result.drafted:
+        return "plain"
+    return "bonus" if result.accepted == result.drafted else "correction"
+
+
+def generate(pair: Pair, tokenizer: TokenizerWrapper, prompt: Prompt, verbose: bool = False, **options: object) -> str:
+    """The whole text at once; `options` are those of `stream_generate`. `verbose` prints it as it comes."""
+    text = ""
+    for response in stream_generate(pair, tokenizer, prompt, **options):  # type: ignore[arg-type]
+        if verbose:
+            print(response.text, end="", flush=True)
+        text += response.text
+    if verbose:
+        print()
+    return text
+
+
+def encode(tokenizer: TokenizerWrapper, prompt: Prompt) -> list[int]:
+    """Token ids of a prompt. Special tokens are added unless the text begins with BOS, as in mlx-lm."""
+    if isinstance(prompt, mx.array):
+        prompt = prompt.tolist()
+    if isinstance(prompt, str):
+        bare = tokenizer.bos_token is None or not prompt.startswith(tokenizer.bos_token)
+        ids: list[int] = tokenizer.encode(prompt, add_special_tokens=bare) if prompt else []
+        return ids
+    return prompt
+
+
+def check_lengths(prompt_tokens: int, max_tokens: int, context: int) -> int:
+    """How many tokens may be generated. Raises RequestError where the answer is none."""
+    if prompt_tokens == 0:
+        raise RequestError("the prompt is empty; give some text or at least one token")
+    if prompt_tokens >= context:
+        raise RequestError(
+            f"the prompt has {prompt_tokens} tokens and the model's context is {context}; "
+            f"shorten it to at most {context - 1}"
+        )
+    if max_tokens == 0 or max_tokens < -1:
+        raise RequestError(f"max tokens is {max_tokens}; give at least 1, or -1 for as many as the context holds")
+    room = context - prompt_tokens
+    return room if max_tokens == -1 else min(max_tokens, room)
+
+
+def _ignore(done: int, total: int) -> None:
+    """Nobody watches the prompt being read."""
+
+
+@contextmanager
+def _wired() -> Iterator[None]:
+    """Keep the weights resident on a Mac while generating; the limit goes back to what it was."""
+    if not mx.metal.is_available():
+        yield
+        return
+    before = mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
+    try:
+        yield
+    finally:
+        mx.synchronize()
+        mx.set_wired_limit(before)

@@ -1,0 +1,128 @@
+"""What happened during a generation: counts, times and memory, as one value that grows round by round."""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from mtp_mlx.rounds import Round
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Mean of the rounds that were split to time their phases."""
+
+    seconds: float = 0.0
+    samples: int = 0
+
+    def add(self, seconds: float | None) -> "Phase":
+        if seconds is None:
+            return self
+        return Phase(self.seconds + seconds, self.samples + 1)
+
+    @property
+    def ms(self) -> float | None:
+        return 1e3 * self.seconds / self.samples if self.samples else None
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes."""
+
+    target: int = 0
+    drafter: int = 0
+    cache: int = 0
+    peak: int = 0
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Figures of one generation so far."""
+
+    prompt_tokens: int
+    prompt_seconds: float = 0.0  # reading the prompt, up to its last token
+    ttft_seconds: float = 0.0  # from the request to the first token
+    generation_tokens: int = 0
+    generation_seconds: float = 0.0  # all rounds
+    rounds: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    reached_per_position: tuple[int, ...] = ()  # drafts made at each position
+    accepted_at_position: tuple[int, ...] = ()  # of those, how many were kept
+    draft: Phase = field(default_factory=Phase)
+    verify: Phase = field(default_factory=Phase)
+    host: Phase = field(default_factory=Phase)
+    depth: int = 0  # of the latest round
+    depth_reason: str = ""
+    memory: Memory = field(default_factory=Memory)
+
+    def after(self, result: Round, reason: str, cache_bytes: int, peak_bytes: int) -> "Stats":
+        """The figures with one more round in them."""
+        drafted, accepted = result.drafted, result.accepted
+        positions = range(max(drafted, len(self.reached_per_position)))
+        timed = result.times.draft is not None
+        return replace(
+            self,
+            generation_tokens=self.generation_tokens + len(result.tokens),
+            generation_seconds=self.generation_seconds + result.times.total,
+            rounds=self.rounds + 1,
+            drafted=self.drafted + drafted,
+            accepted=self.accepted + accepted,
+            reached_per_position=tuple(_at(self.reached_per_position, j) + (j < drafted) for j in positions),
+            accepted_at_position=tuple(_at(self.accepted_at_position, j) + (j < accepted) for j in positions),
+            draft=self.draft.add(result.times.draft),
+            verify=self.verify.add(result.times.verify),
+            host=self.host.add(result.times.host if timed else None),
+            depth=drafted,
+            depth_reason=reason,
+            memory=replace(self.memory, cache=cache_bytes, peak=peak_bytes),
+        )
+
+    @property
+    def prompt_tps(self) -> float:
+        """Prompt tokens per second until the first token was there."""
+        return self.prompt_tokens / self.ttft_seconds if self.ttft_seconds else 0.0
+
+    @property
+    def generation_tps(self) -> float:
+        """Tokens per second of the rounds."""
+        return self.generation_tokens / self.generation_seconds if self.generation_seconds else 0.0
+
+    @property
+    def tokens_per_round(self) -> float:
+        return self.generation_tokens / self.rounds if self.rounds else 0.0
+
+    @property
+    def accepted_per_position(self) -> list[float]:
+        """Share of the drafts at each position that were kept; not conditional on the ones before."""
+        return [
+            kept / made for kept, made in zip(self.accepted_at_position, self.reached_per_position, strict=True)
+        ]
+
+    def figures(self) -> dict[str, Any]:
+        """The figures under the names of `mtp-mlx generate --json`."""
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "prompt_tps": self.prompt_tps,
+            "generation_tokens": self.generation_tokens,
+            "generation_tps": self.generation_tps,
+            "ttft_s": self.ttft_seconds,
+            "rounds": self.rounds,
+            "tokens_per_round": self.tokens_per_round,
+            "drafted": self.drafted,
+            "accepted": self.accepted,
+            "accepted_per_position": self.accepted_per_position,
+            "draft_ms": self.draft.ms,
+            "verify_ms": self.verify.ms,
+            "host_ms": self.host.ms,
+            "depth": self.depth,
+            "depth_reason": self.depth_reason,
+            "memory": {
+                "target": self.memory.target,
+                "drafter": self.memory.drafter,
+                "cache": self.memory.cache,
+                "peak": self.memory.peak,
+            },
+        }
+
+
+def _at(counts: tuple[int, ...], j: int) -> int:
+    return counts[j] if j < len(counts) else 0

@@ -1,0 +1,140 @@
+"""The values that the stages of a round hand each other, and what a target, a drafter and a layer cache are.
+
+Letters: B batch, L length, D width, V vocabulary, k drafted tokens, S key slots, H heads.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import mlx.core as mx
+
+if TYPE_CHECKING:
+    from mtp_mlx.cache import Cache
+
+
+@dataclass(frozen=True)
+class Span:
+    """Where a block of tokens stands in its sequence.
+
+    While a prompt is read the start is known to the host and is a plain integer. While decoding it is
+    an array on the device, so that a round can be built before the last one has been looked at.
+    """
+
+    start: int | mx.array  # int, or (B,) int32
+    length: int
+
+    def positions(self) -> mx.array:
+        """Absolute position of every token of the block, (B, L) or (1, L)."""
+        start = self.start if isinstance(self.start, int) else self.start[:, None]
+        return mx.arange(self.length)[None] + start
+
+
+class Visible(NamedTuple):
+    """The keys and values that a block may attend to."""
+
+    keys: mx.array  # (B, H, S, head size)
+    values: mx.array  # (B, H, S, head size)
+
+
+Mask = mx.array | str | None  # what mx.fast.scaled_dot_product_attention takes
+
+
+class LayerCache(Protocol):
+    """The keys and values of one attention layer, and who may see them."""
+
+    def reserve(self, rows: int) -> None:
+        """Make room for positions 0 .. rows-1; called by the host between rounds."""
+        ...
+
+    def write(self, keys: mx.array, values: mx.array, span: Span) -> Visible:
+        """Store a block's rows, (B, H, L, head size), and return all that the block may look at."""
+        ...
+
+    def mask(self, span: Span) -> Mask:
+        """Which of the rows that `write` (or `stored`) returns each token of the block may see."""
+        ...
+
+    def stored(self) -> Visible:
+        """The buffers themselves, never a copy: what a drafter that shares the target's cache reads."""
+        ...
+
+    def arrays(self) -> list[mx.array]:
+        """Everything that has to be evaluated at the end of a round."""
+        ...
+
+
+class Output(NamedTuple):
+    """One forward pass over a block."""
+
+    logits: mx.array  # (B, L, V), lazy: rows nobody reads are never computed
+    hidden: mx.array  # (B, L, D) after the final norm
+
+
+class Draft(NamedTuple):
+    """What a drafter proposes. Argmax drafts, so the distribution they were drawn from is one-hot."""
+
+    tokens: mx.array  # (B, k) int32
+
+
+class Kept(NamedTuple):
+    """What the target made of a draft: `count` drafts are right, then comes one token of its own."""
+
+    count: mx.array  # (B,) int32, 0..k
+    tokens: mx.array  # (B, k+1) int32; row b holds count[b]+1 valid tokens
+
+
+class Target(Protocol):
+    """A language model that verifies. Holds weights only."""
+
+    context: int  # the longest sequence the model was made for, in tokens
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights."""
+        ...
+
+    def make_cache(self) -> "Cache":
+        """An empty cache for one sequence."""
+        ...
+
+    def embed(self, tokens: mx.array) -> mx.array:
+        """Token embeddings as the first layer receives them, (B, L) -> (B, L, D)."""
+        ...
+
+    def __call__(self, tokens: mx.array, cache: "Cache", span: Span) -> Output:
+        """Logits and hidden of a block (B, L); its keys and values are written, not yet committed."""
+        ...
+
+
+class Drafter(Protocol):
+    """Proposes tokens. Holds weights; what belongs to one sequence lives in its state."""
+
+    @property
+    def limit(self) -> int:
+        """The most tokens it can draft at once."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights."""
+        ...
+
+    def start(self, cache: "Cache") -> Any:
+        """The state of a sequence of which nothing has been read yet."""
+        ...
+
+    def advance(self, state: Any, tokens: mx.array, output: Output, count: mx.array) -> Any:
+        """Learn that tokens[:, : count+1] of a block are now in the target's cache, with these outputs."""
+        ...
+
+    def draft(self, state: Any, last: mx.array, k: int) -> Draft:
+        """Propose what follows `last` (B,), the one token that is not yet in the target's cache."""
+        ...
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A target and the drafter that proposes for it."""
+
+    target: Target
+    drafter: Drafter
