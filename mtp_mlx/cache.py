@@ -15,7 +15,8 @@ SMALLEST = 256  # rows of the smallest bucket
 
 
 def bucket(rows: int) -> int:
-    """Capacity for `rows` rows: eight sizes between two powers of two, so at most an eighth stays empty.
+    """Capacity for `rows` rows: eight sizes between two powers of two, so that at most an eighth stays empty
+    (or, in a short sequence, 255 rows).
 
     >>> bucket(10), bucket(257), bucket(5000)
     (256, 512, 5120)

@@ -51,6 +51,8 @@ class Sample:
             raise RequestError(f"min-p {self.min_p} must lie in [0, 1]; 0 turns it off")
         if self.top_k < 0:
             raise RequestError(f"top-k {self.top_k} must not be negative; 0 turns it off")
+        if not 0 <= self.seed < 2**32:
+            raise RequestError(f"seed {self.seed} must lie between 0 and {2**32 - 1}")
 
     def __call__(self, logprobs: mx.array, positions: mx.array) -> mx.array:
         B, L, V = logprobs.shape

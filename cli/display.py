@@ -1,0 +1,126 @@
+"""What a person sees: streamed text with coloured drafts, progress, and the table of figures."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+
+from rich import progress as bars
+from rich.color import ColorSystem
+from rich.console import Console
+from rich.style import Style
+from rich.table import Table
+
+from mtp_mlx.generate import Origin, Response
+from mtp_mlx.stats import Stats
+
+LONG_PROMPT = 512  # tokens from which reading a prompt is worth a progress bar
+STYLES: dict[Origin, Style] = {
+    "plain": Style(),
+    "accepted": Style(color="green"),
+    "correction": Style(color="red"),
+    "bonus": Style(color="blue"),
+}
+
+_stderr = Console(stderr=True, highlight=False)
+
+
+def note(message: str) -> None:
+    """One line for the user, beside the text."""
+    _stderr.print(message, style="dim", markup=False)
+
+
+@contextmanager
+def loading(model: str) -> Iterator[None]:
+    """Shows that a model is being loaded, on a terminal."""
+    with _stderr.status(f"loading {model}"):
+        yield
+
+
+class Progress:
+    """A bar while a long prompt is read; gone when the first token comes."""
+
+    def __init__(self) -> None:
+        self._bar = bars.Progress(
+            bars.TextColumn("reading the prompt"),
+            bars.BarColumn(),
+            bars.MofNCompleteColumn(),
+            console=_stderr,
+            transient=True,
+        )
+        self._task: bars.TaskID | None = None
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._bar.stop()
+
+    def __call__(self, done: int, total: int) -> None:
+        if total < LONG_PROMPT:
+            return
+        if self._task is None:
+            self._task = self._bar.add_task("", total=total)
+            self._bar.start()
+        self._bar.update(self._task, completed=done)
+        if done >= total - 1:
+            self._bar.stop()
+
+
+class Writer:
+    """Streams text to stdout; in colour only where a terminal shows it."""
+
+    def __init__(self, show_drafts: bool):
+        self._coloured = show_drafts and Console().color_system is not None
+        self._at_line_start = True
+
+    def write(self, text: str, origin: Origin) -> None:
+        if not text:
+            return
+        self._at_line_start = text.endswith("\n")
+        if self._coloured:
+            text = STYLES[origin].render(text, color_system=ColorSystem.STANDARD)
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    def finish(self) -> None:
+        """End the last line, so that a shell prompt does not follow the text."""
+        if not self._at_line_start:
+            sys.stdout.write("\n")
+            sys.stdout.flush()
+
+
+def stats_table(last: Response, show_drafts: bool) -> None:
+    """The figures of a generation, on stderr."""
+    stats = last.stats
+    if show_drafts:
+        legend = "  ".join(f"[{style}]{name}[/]" for name, style in STYLES.items() if name != "plain")
+        _stderr.print(f"\n{legend}")
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for name, value in _rows(stats, last):
+        table.add_row(name, value)
+    _stderr.print()
+    _stderr.print(table)
+
+
+def _rows(stats: Stats, last: Response) -> Iterator[tuple[str, str]]:
+    memory = stats.memory
+    yield "prompt", f"{stats.prompt_tokens} tokens, {stats.prompt_tps:.1f} tok/s"
+    yield "generated", f"{last.generation_tokens} tokens, {stats.generation_tps:.1f} tok/s ({last.finish_reason})"
+    yield "first token", f"{stats.ttft_seconds:.3f} s"
+    yield "rounds", f"{stats.rounds}, {stats.tokens_per_round:.2f} tokens per round"
+    yield "depth", f"{stats.depth}: {stats.depth_reason}"
+    if stats.drafted:
+        shares = " ".join(f"{share:.0%}" for share in stats.accepted_per_position)
+        yield "accepted", f"{stats.accepted} of {stats.drafted} drafts; per position {shares}"
+    phases = [("draft", stats.draft.ms), ("verify", stats.verify.ms), ("host", stats.host.ms)]
+    yield "per round", ", ".join(f"{name} {ms:.1f} ms" for name, ms in phases if ms is not None) or "too few rounds"
+    yield (
+        "memory",
+        f"target {_size(memory.target)}, drafter {_size(memory.drafter)}, cache {_size(memory.cache)}, "
+        f"peak {_size(memory.peak)}",
+    )
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

@@ -1,0 +1,154 @@
+"""`mtp-mlx generate`: text on stdout as it is accepted, everything else on stderr."""
+
+import json
+import platform
+import sys
+from collections.abc import Iterator
+from importlib.metadata import version
+from typing import Annotated, Any
+
+import typer
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from mtp_mlx.cli.display import Progress, Writer, loading, note, stats_table
+from mtp_mlx.errors import RequestError
+from mtp_mlx.generate import DEFAULT_MAX_TOKENS, DEFAULT_PREFILL_STEP, Response, stream_generate
+from mtp_mlx.loading import DEMO, Loaded, load_pair
+from mtp_mlx.sampling import choose_sampler
+
+DEMO_PROMPT = '''\
+import unittest
+
+
+class TestStack(unittest.TestCase):
+    """Tests of a stack."""
+
+    def test_push(self):
+'''
+
+
+def command(
+    prompt: Annotated[
+        str | None, typer.Argument(help="The prompt; left out or '-', it is read from standard input.")
+    ] = None,
+    model: Annotated[
+        str, typer.Option(help="Folder or hub id of the target; 'demo' is built in and works offline.")
+    ] = DEMO,
+    drafter: Annotated[
+        str, typer.Option(help="Folder or hub id of the drafter, 'auto' for the one that belongs to it, or 'none'.")
+    ] = "auto",
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", "-m", help="Tokens to generate; -1 for as many as the context holds.")
+    ] = DEFAULT_MAX_TOKENS,
+    depth: Annotated[
+        str, typer.Option(help="Tokens to draft per round; 'auto' measures, 0 is plain decoding.")
+    ] = "auto",
+    temp: Annotated[float, typer.Option(help="Sampling temperature; 0 takes the most probable token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Sample from the smallest set with this probability; 1 is off.")] = 1.0,
+    min_p: Annotated[float, typer.Option(help="Drop tokens below this share of the best one's; 0 is off.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Sample from this many tokens; 0 is off.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling; the same text at every depth.")] = 0,
+    ignore_chat_template: Annotated[
+        bool, typer.Option("--ignore-chat-template", help="Continue the prompt as plain text.")
+    ] = False,
+    prefill_step_size: Annotated[
+        int, typer.Option(help="Prompt tokens to read at a time; fewer take less memory.")
+    ] = DEFAULT_PREFILL_STEP,
+    show_drafts: Annotated[
+        bool, typer.Option("--show-drafts", help="Colour accepted drafts, corrections and bonus tokens.")
+    ] = False,
+    stats: Annotated[bool, typer.Option(help="Print a table of figures on stderr afterwards.")] = True,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object in place of the text and the table.")
+    ] = False,
+) -> None:
+    """Generate text, with a drafter guessing ahead and the target keeping only what it would have written.
+
+    Example: mtp-mlx generate "def fibonacci(n):" --depth 4 --show-drafts
+    """
+    parsed_depth = parse_depth(depth)
+    sampler = choose_sampler(temp, top_p, min_p, top_k, seed)
+    text = _read_prompt(prompt, model)
+    with loading(model):
+        loaded = load_pair(model, drafter)
+    if loaded.drafter is None and drafter == "auto":
+        note(loaded.drafter_reason)
+    with Progress() as progress:
+        responses = stream_generate(
+            loaded.pair,
+            loaded.tokenizer,
+            text if ignore_chat_template else _in_chat_template(loaded.tokenizer, text),
+            max_tokens=max_tokens,
+            depth=parsed_depth,
+            sampler=sampler,
+            prefill_step_size=prefill_step_size,
+            prompt_progress_callback=progress,
+        )
+        if as_json:
+            _print_json(list(responses), loaded)
+        else:
+            _print_text(responses, show_drafts, stats)
+
+
+def parse_depth(depth: str) -> int | str:
+    """'auto' or a number. Raises RequestError for anything else."""
+    if depth == "auto":
+        return depth
+    try:
+        return int(depth)
+    except ValueError:
+        raise RequestError(f"--depth {depth} is neither 'auto' nor a number of drafts") from None
+
+
+def _read_prompt(prompt: str | None, model: str) -> str:
+    if prompt is not None and prompt != "-":
+        return prompt
+    if prompt is None and sys.stdin.isatty():
+        if model != DEMO:
+            raise RequestError("no prompt; give one as an argument or on standard input")
+        sys.stdout.write(DEMO_PROMPT)
+        return DEMO_PROMPT
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise RequestError(f"standard input is not UTF-8 text ({error}); give the prompt as UTF-8") from None
+
+
+def _in_chat_template(tokenizer: TokenizerWrapper, prompt: str) -> str | list[int]:
+    if not tokenizer.has_chat_template or not prompt:
+        return prompt
+    ids: list[int] = tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}], add_generation_prompt=True
+    )
+    return ids
+
+
+def _print_text(responses: Iterator[Response], show_drafts: bool, with_stats: bool) -> None:
+    writer = Writer(show_drafts)
+    last: Response | None = None
+    for response in responses:
+        writer.write(response.text, response.origin)
+        last = response
+    writer.finish()
+    assert last is not None, "a generation has at least one token"
+    if with_stats:
+        stats_table(last, show_drafts)
+
+
+def _print_json(responses: list[Response], loaded: Loaded) -> None:
+    last = responses[-1]
+    answer: dict[str, Any] = {
+        "text": "".join(response.text for response in responses),
+        "tokens": [response.token for response in responses],
+        **last.stats.figures(),
+        "finish_reason": last.finish_reason,
+        "model": loaded.target,
+        "drafter": loaded.drafter,
+        "versions": {
+            "mtp_mlx": version("mtp-mlx"),
+            "mlx": version("mlx"),
+            "mlx_lm": version("mlx-lm"),
+            "python": platform.python_version(),
+        },
+    }
+    sys.stdout.write(json.dumps(answer) + "\n")

@@ -1,0 +1,59 @@
+"""`mtp-mlx`: the commands, and the one place where an error becomes a line and an exit code."""
+
+import sys
+import tempfile
+import traceback
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mtp_mlx.cli import generate
+from mtp_mlx.errors import MTPError
+
+app = typer.Typer(
+    name="mtp-mlx",
+    help="Lossless multi-token prediction on MLX: a small drafter guesses ahead, the model keeps what is right.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command(name="generate")(generate.command)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"mtp-mlx {version('mtp-mlx')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Options that come before a command."""
+
+
+def main() -> None:
+    """Run a command. Exit codes: 0 done, 1 an error the user can act on, 2 wrong usage, 70 a fault of ours."""
+    try:
+        app()
+    except MTPError as error:
+        _fail(str(error), 1)
+    except BrokenPipeError:
+        # The reader of a pipe has gone; there is nobody left to tell.
+        sys.stderr.close()
+        sys.exit(1)
+    except Exception as error:
+        with tempfile.NamedTemporaryFile("w", prefix="mtp-mlx-", suffix=".log", delete=False) as log:
+            traceback.print_exc(file=log)
+        _fail(f"a fault in mtp-mlx: {type(error).__name__}: {error}; please report it with {Path(log.name)}", 70)
+
+
+def _fail(message: str, code: int) -> None:
+    one_line = " ".join(message.split())
+    typer.echo(f"mtp-mlx: {one_line}", err=True)
+    sys.exit(code)

@@ -1,0 +1,105 @@
+"""Tiny checkpoints, and a drafter and a sampler that do as they are told."""
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from mtp_mlx.cache import MAX_BLOCK, Cache
+from mtp_mlx.loading import load_pair
+from mtp_mlx.models.gemma4 import Model as Gemma4
+from mtp_mlx.models.gemma4_assistant import Assistant
+from mtp_mlx.rounds import Sequence
+from mtp_mlx.sampling import Greedy, Sampler
+from mtp_mlx.types import Draft, Drafter, Output, Pair, Target
+
+FIXTURES = Path(__file__).parent / "fixtures"
+VARIANTS = ["gemma4_ple", "gemma4_keqv", "gemma4_moe", "gemma4_unified"]
+WINDOW = 16  # of every tiny variant
+VOCAB = 320
+
+
+@cache
+def tiny(variant: str, drafter: str = "assistant") -> tuple[Gemma4, Assistant]:
+    """A tiny released-format pair of tests/fixtures, in float32."""
+    folder = FIXTURES / variant
+    pair = load_pair(str(folder), str(folder / drafter)).pair
+    assert isinstance(pair.target, Gemma4) and isinstance(pair.drafter, Assistant)
+    pair.target.set_dtype(mx.float32)
+    pair.drafter.network.set_dtype(mx.float32)
+    mx.eval(pair.target.parameters(), pair.drafter.network.parameters())
+    return pair.target, pair.drafter
+
+
+@cache
+def golden(variant: str) -> dict[str, np.ndarray]:
+    """The values that torch and transformers computed for a variant."""
+    with np.load(FIXTURES / variant / "golden.npz") as values:
+        return dict(values)
+
+
+def varied_tokens(length: int, seed: int = 0) -> list[int]:
+    """Token ids without repetition patterns: a tiny random model left to itself may say one token forever."""
+    return [int(token) for token in np.random.default_rng(seed).integers(4, VOCAB, length)]
+
+
+@dataclass(frozen=True)
+class DialledDrafter:
+    """Drafts the true continuation, wrong at a chosen share of positions: every partial acceptance occurs."""
+
+    truth: mx.array  # (T,) the sequence as plain decoding writes it
+    wrong: mx.array  # (T,) bool
+    limit: int = MAX_BLOCK - 1
+    nbytes: int = 0
+
+    @classmethod
+    def dial(cls, truth: list[int], hit_rate: float, seed: int = 0) -> "DialledDrafter":
+        padded = truth + [0] * MAX_BLOCK  # the last rounds look past the end
+        wrong = np.random.default_rng(seed).random(len(padded)) >= hit_rate
+        return cls(mx.array(padded, mx.int32), mx.array(wrong))
+
+    def start(self, cache: Cache) -> Cache:
+        return cache
+
+    def advance(self, state: Cache, tokens: mx.array, output: Output, count: mx.array) -> Cache:
+        return state
+
+    def draft(self, state: Cache, last: mx.array, k: int) -> Draft:
+        places = state.position[:, None] + 1 + mx.arange(k)  # (B, k)
+        token = self.truth[places]
+        return Draft(mx.where(self.wrong[places], (token + 1) % VOCAB, token))
+
+
+@dataclass(frozen=True)
+class Forced:
+    """A sampler that writes a given sequence, so that logits can be compared along a varied text."""
+
+    tokens: mx.array  # (T,)
+
+    def __call__(self, logprobs: mx.array, positions: mx.array) -> mx.array:
+        return self.tokens[positions]
+
+
+def run_rounds(
+    target: Target, drafter: Drafter, sampler: Sampler, prompt: list[int], tokens: int, k: int, step: int = 2048
+) -> tuple[list[int], mx.array, list[int]]:
+    """`tokens` tokens after a prompt at depth k: the tokens, their log-probability rows, drafts kept per round."""
+    sequence = Sequence(Pair(target, drafter), sampler)
+    sequence.prefill(prompt, step, lambda done, total: None)
+    text: list[int] = []
+    rows: list[mx.array] = []
+    accepted: list[int] = []
+    while len(text) < tokens:
+        result = sequence.round(k if sequence.length else 0)
+        text += result.tokens
+        rows.append(result.logprobs[: len(result.tokens)])
+        accepted.append(result.accepted)
+    return text[:tokens], mx.concatenate(rows)[:tokens], accepted
+
+
+def plain(target: Target, prompt: list[int], tokens: int) -> list[int]:
+    """Greedy plain decoding: the same loop with nothing drafted."""
+    nobody = DialledDrafter.dial([], 0.0)
+    return run_rounds(target, nobody, Greedy(), prompt, tokens, 0)[0]

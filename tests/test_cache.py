@@ -1,0 +1,133 @@
+"""The buffers hand out exactly the rows that plain attention over the whole history would see."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mtp_mlx.cache import MAX_BLOCK, Cache, FullCache, SlidingCache, bucket
+from mtp_mlx.types import LayerCache, Mask, Span, Visible
+
+WINDOW = 8
+
+
+def _rows(start: int, length: int) -> mx.array:
+    """Rows that carry their own position, (1, 1, L, 1)."""
+    return mx.arange(start, start + length).astype(mx.float32).reshape(1, 1, length, 1)
+
+
+def _seen(visible: Visible, mask: Mask, length: int) -> list[list[int]]:
+    """For every query of a block, the positions it can see, sorted."""
+    held = np.array(visible.keys)[0, 0, :, 0].astype(int)
+    if isinstance(mask, mx.array):
+        allowed = np.broadcast_to(np.array(mask), (1, 1, length, len(held)))[0, 0]
+    else:
+        assert mask == "causal"
+        allowed = np.tril(np.ones((length, len(held)), bool), len(held) - length)
+    return [sorted(held[row].tolist()) for row in allowed]
+
+
+def _expected(start: int, length: int, window: int) -> list[list[int]]:
+    return [list(range(max(0, q - window + 1), q + 1)) for q in range(start, start + length)]
+
+
+def _layer(kind: str) -> tuple[LayerCache, int]:
+    return (FullCache(), 10_000) if kind == "full" else (SlidingCache(WINDOW), WINDOW)
+
+
+@pytest.mark.parametrize("kind", ["full", "sliding"])
+@pytest.mark.parametrize("prompt", [1, 5, WINDOW, WINDOW + 1, 3 * WINDOW, 100])
+@pytest.mark.parametrize("chunk", [1, 3, WINDOW, 64])
+def test_a_block_sees_its_past_and_nothing_else(kind: str, prompt: int, chunk: int) -> None:
+    layer, window = _layer(kind)
+    cache = Cache([layer])
+    cache.reserve(prompt + 200)
+    for start in range(0, prompt, chunk):
+        length = min(chunk, prompt - start)
+        span = Span(start, length)
+        mask = layer.mask(span)
+        visible = layer.write(_rows(start, length), _rows(start, length), span)
+        assert _seen(visible, mask, length) == _expected(start, length, window)
+        cache.commit(length)
+
+    position = prompt
+    rng = np.random.default_rng(prompt)
+    for _ in range(30):  # rounds that keep anything from one row to all of them
+        length = int(rng.integers(1, 9))
+        span = cache.span(length)
+        mask = layer.mask(span)
+        visible = layer.write(_rows(position, length), _rows(position, length), span)
+        assert _seen(visible, mask, length) == _expected(position, length, window)
+        kept = int(rng.integers(1, length + 1))
+        cache.commit(mx.array([kept]))
+        position += kept
+        # What a drafter that shares the cache may see: everything committed, or the last window of it.
+        newest = Span(cache.position - 1, 1)
+        assert _seen(layer.stored(), layer.mask(newest), 1) == _expected(position - 1, 1, window)
+
+
+def test_rejected_rows_of_the_largest_block_stay_out_of_the_window() -> None:
+    layer, _ = _layer("sliding")
+    cache = Cache([layer])
+    position = 0
+    for kept in (1, MAX_BLOCK, 1, 1, 2, MAX_BLOCK - 1, 1):
+        span = cache.span(MAX_BLOCK)
+        mask = layer.mask(span)
+        visible = layer.write(_rows(position, MAX_BLOCK), _rows(position, MAX_BLOCK), span)
+        assert _seen(visible, mask, MAX_BLOCK) == _expected(position, MAX_BLOCK, WINDOW)
+        cache.commit(kept)
+        position += kept
+
+
+def test_rows_of_a_batch_stand_at_their_own_positions() -> None:
+    layer = SlidingCache(WINDOW)
+    cache = Cache([layer], batch=2)
+    cache.commit(mx.array([3, 20]))
+    span = cache.span(2)
+    rows = mx.concatenate([_rows(3, 2), _rows(20, 2)], axis=0)
+    visible = layer.write(rows, rows, span)
+    ages = np.array(layer.mask(span))
+    slots = np.array(visible.keys)[:, 0, :, 0].astype(int)
+    assert slots[0, 3:5].tolist() == [3, 4] and slots[1, 20:22].tolist() == [20, 21]
+    assert ages.shape == (2, 1, 2, layer.size)
+    assert ages[0, 0, 1, :5].all() and not ages[0, 0, 1, 5:].any()
+
+
+def test_growing_keeps_what_is_stored() -> None:
+    layer = FullCache()
+    cache = Cache([layer])
+    cache.reserve(10)
+    layer.write(_rows(0, 10), _rows(0, 10), Span(0, 10))
+    cache.commit(10)
+    cache.reserve(1000)
+    span = cache.span(1)
+    visible = layer.write(_rows(10, 1), _rows(10, 1), span)
+    assert visible.keys.shape[2] == cache.capacity == 1024
+    assert _seen(visible, layer.mask(span), 1) == _expected(10, 1, 10_000)
+
+
+def test_reading_a_prompt_never_attends_over_empty_slots() -> None:
+    layer = FullCache()
+    Cache([layer]).reserve(100_000)
+    assert layer.write(_rows(0, 7), _rows(0, 7), Span(0, 7)).keys.shape[2] == 7
+
+
+@pytest.mark.parametrize("rows", [1, 256, 257, 3000, 70_001, 262_144])
+def test_a_bucket_holds_its_rows_and_wastes_little(rows: int) -> None:
+    assert rows <= bucket(rows) <= rows + max(255, rows // 8)
+
+
+def test_a_write_in_decoding_happens_in_place() -> None:
+    """A copy of a long buffer in every round would cost more than the round itself."""
+    layer = FullCache()
+    cache = Cache([layer])
+    cache.reserve(200_000)
+    row = mx.ones((1, 1, 1, 64))
+    for round_number in range(3):
+        layer.write(row, row, cache.span(1))
+        cache.commit(1)
+        if round_number == 1:
+            mx.eval(cache.arrays())
+            before = mx.get_active_memory()
+            mx.reset_peak_memory()
+    mx.eval(cache.arrays())
+    assert mx.get_peak_memory() - before < cache.nbytes / 4

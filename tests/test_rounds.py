@@ -1,0 +1,228 @@
+"""Speculation changes nothing: every kept row is the one plain decoding computes, at every partial acceptance."""
+
+from functools import cache
+from itertools import pairwise
+
+import mlx.core as mx
+import mlx_lm
+import numpy as np
+import pytest
+from conftest import FIXTURES, VARIANTS, WINDOW, DialledDrafter, Forced, plain, run_rounds, tiny, varied_tokens
+from mlx_lm.generate import generate_step
+
+from mtp_mlx.accept import accept, normalise
+from mtp_mlx.depth import Fixed
+from mtp_mlx.errors import MTPError
+from mtp_mlx.rounds import Sequence, rounds
+from mtp_mlx.sampling import Greedy, Sample
+from mtp_mlx.types import Output, Pair, Span
+
+PROMPTS = [1, 5, WINDOW, WINDOW + 1, 3 * WINDOW]  # below, across and above the window
+HIT_RATES = [0.0, 0.5, 0.8, 1.0]
+LENGTH = 36  # tokens generated: from the shortest prompt on, twice the window
+EXACT = 2e-4  # float32, when the order of the keys in the ring differs; equal to the bit otherwise
+
+
+@cache
+def _truth(variant: str, prompt: int) -> list[int]:
+    """What plain greedy decoding writes."""
+    return plain(tiny(variant)[0], varied_tokens(prompt, seed=prompt), LENGTH)
+
+
+@cache
+def _forced_rows(variant: str, prompt: int) -> tuple[list[int], Forced, mx.array]:
+    """A varied text, the sampler that writes it, and plain decoding's log-probabilities along it."""
+    text = varied_tokens(prompt + LENGTH, seed=prompt) + [0] * 20
+    forced = Forced(mx.array(text))
+    nobody = DialledDrafter.dial([], 0.0)
+    return text, forced, run_rounds(tiny(variant)[0], nobody, forced, text[:prompt], LENGTH, 0)[1]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("k", range(1, 8))
+def test_greedy_speculation_equals_plain_decoding(variant: str, k: int) -> None:
+    target, _ = tiny(variant)
+    for length in PROMPTS:
+        prompt = varied_tokens(length, seed=length)
+        truth = _truth(variant, length)
+        for rate in HIT_RATES:
+            drafter = DialledDrafter.dial(prompt + truth, rate, seed=k)
+            text, _, accepted = run_rounds(target, drafter, Greedy(), prompt, LENGTH, k)
+            assert text == truth, f"prompt {length}, hit rate {rate}"
+            if rate == 1.0:
+                assert set(accepted[length == 1 : -1]) == {k}
+            if rate == 0.0:
+                assert set(accepted) == {0}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("k", range(1, 8))
+def test_every_kept_row_equals_plain_decoding_along_a_varied_text(variant: str, k: int) -> None:
+    """Token equality alone could hide a wrong cache: a tiny model may repeat one token whatever it sees."""
+    target, _ = tiny(variant)
+    partial: set[int] = set()
+    for length in PROMPTS:
+        text, forced, expected = _forced_rows(variant, length)
+        for rate in HIT_RATES:
+            drafter = DialledDrafter.dial(text, rate, seed=k)
+            tokens, rows, accepted = run_rounds(target, drafter, forced, text[:length], LENGTH, k)
+            assert tokens == text[length : length + LENGTH]
+            assert mx.abs(rows - expected).max().item() < EXACT
+            partial |= set(accepted)
+    assert partial == set(range(k + 1)), "not every partial acceptance has occurred"
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("length", [5, WINDOW, 3 * WINDOW])
+def test_the_assistant_itself_changes_nothing(variant: str, length: int) -> None:
+    target, assistant = tiny(variant)
+    prompt = varied_tokens(length, seed=length)
+    truth = plain(target, prompt, 40)
+    for k in (1, 4, 7):
+        assert run_rounds(target, assistant, Greedy(), prompt, 40, k)[0] == truth
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("length", [2, 12, 3 * WINDOW])
+def test_plain_decoding_equals_mlx_lm(variant: str, length: int) -> None:
+    target, _ = tiny(variant)
+    theirs, _ = mlx_lm.load(str(FIXTURES / variant))
+    theirs.set_dtype(mx.float32)
+    prompt = varied_tokens(length, seed=length)
+    steps = generate_step(mx.array(prompt), theirs, max_tokens=60)
+    assert plain(target, prompt, 60) == [int(token) for token, _ in steps]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("temperature", [0.7, 1.5])
+def test_a_seeded_sample_is_the_same_text_at_every_depth(variant: str, temperature: float) -> None:
+    target, _ = tiny(variant)
+    prompt = varied_tokens(14)
+    for seed in (1, 2):
+        sampler = Sample(temperature, top_p=0.95, seed=seed)
+        nobody = DialledDrafter.dial([], 0.0)
+        truth = run_rounds(target, nobody, sampler, prompt, 40, 0)[0]
+        for k, rate in ((1, 1.0), (3, 0.6), (7, 0.8)):
+            drafter = DialledDrafter.dial(prompt + truth, rate, seed=seed)
+            assert run_rounds(target, drafter, sampler, prompt, 40, k)[0] == truth
+        assert len(set(truth)) > 10
+
+
+@pytest.mark.parametrize("variant", ["gemma4_ple", "gemma4_moe"])
+@pytest.mark.parametrize("step", [1, 3, WINDOW, 2048])
+def test_prefill_does_not_depend_on_its_chunks(variant: str, step: int) -> None:
+    target, assistant = tiny(variant)
+    text = varied_tokens(110)
+    forced = Forced(mx.array(text + [0] * 20))
+    _, expected, kept = run_rounds(target, assistant, forced, text[:80], 20, 3, step=7)
+    _, rows, kept_here = run_rounds(target, assistant, forced, text[:80], 20, 3, step=step)
+    assert mx.abs(rows - expected).max().item() < EXACT
+    assert kept == kept_here
+
+
+def test_a_long_generation_grows_its_buffers_without_a_change() -> None:
+    target, _ = tiny("gemma4_ple")
+    text = varied_tokens(700)
+    forced = Forced(mx.array(text + [0] * 20))
+    _, rows, _ = run_rounds(target, DialledDrafter.dial(text, 0.7), forced, text[:200], 450, 5)
+    cache = target.make_cache()
+    whole = normalise(target(mx.array(text)[None], cache, Span(0, 700)).logits)[0, 199:649]
+    assert mx.abs(rows - whole).max().item() < EXACT
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_round_is_built_without_reading_anything_back(variant: str) -> None:
+    """mx.compile traces with placeholders: any read by the host between draft and commit would raise."""
+    target, assistant = tiny(variant)
+    sequence = Sequence(Pair(target, assistant), Greedy())
+    prompt = varied_tokens(30)
+    sequence.prefill(prompt, 2048, lambda done, total: None)
+    sequence.cache.reserve(64)
+    state, cache = sequence.state, sequence.cache
+
+    def build(last: mx.array) -> tuple[mx.array, mx.array]:
+        draft = assistant.draft(state, last, 4)
+        block = mx.concatenate([last[:, None], draft.tokens], axis=1)
+        span = cache.span(5)
+        output = target(block, cache, span)
+        kept = accept(draft, normalise(output.logits), span.positions() + 1, Greedy())
+        cache.commit(kept.count + 1)
+        assistant.advance(state, block, output, kept.count)
+        return kept.count, kept.tokens
+
+    count, tokens = mx.compile(build)(sequence.last)
+    fresh = Sequence(Pair(target, assistant), Greedy())
+    fresh.prefill(prompt, 2048, lambda done, total: None)
+    assert tokens[0, : count.item() + 1].tolist() == fresh.round(4).tokens
+
+
+def test_the_host_reads_once_per_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    target, assistant = tiny("gemma4_keqv")
+    sequence = Sequence(Pair(target, assistant), Greedy())
+    sequence.prefill(varied_tokens(20), 2048, lambda done, total: None)
+    waits: list[int] = []
+    evaluate = mx.eval
+
+    def counted(*arrays: object) -> None:
+        waits.append(1)
+        evaluate(*arrays)
+
+    monkeypatch.setattr(mx, "eval", counted)
+    monkeypatch.setattr(mx, "async_eval", counted)
+    for _ in range(5):
+        sequence.round(4)
+    assert len(waits) == 5
+
+
+def test_rounds_never_emit_more_than_asked_for() -> None:
+    target, _ = tiny("gemma4_keqv")
+    prompt = varied_tokens(10)
+    truth = plain(target, prompt, 20)
+    for budget in range(1, 9):
+        drafter = DialledDrafter.dial(prompt + truth, 1.0)
+        sequence = Sequence(Pair(target, drafter), Greedy())
+        sequence.prefill(prompt, 2048, lambda done, total: None)
+        emitted = [token for result in rounds(sequence, Fixed(5), budget) for token in result.tokens]
+        assert emitted == truth[:budget]
+
+
+def test_a_sequence_knows_its_length_and_commits_what_it_emitted() -> None:
+    target, _ = tiny("gemma4_ple")
+    prompt = varied_tokens(10)
+    truth = plain(target, prompt, 40)
+    sequence = Sequence(Pair(target, DialledDrafter.dial(prompt + truth, 0.5)), Greedy())
+    sequence.prefill(prompt, 4, lambda done, total: None)
+    lengths = [sequence.length]
+    emitted = 0
+    while emitted < 30:
+        emitted += len(sequence.round(4).tokens)
+        lengths.append(sequence.length)
+        assert sequence.length == sequence.cache.position.item() == len(prompt) - 1 + emitted
+    assert all(later > earlier for earlier, later in pairwise(lengths))
+
+
+def test_logits_that_are_not_finite_are_an_error_and_not_a_token() -> None:
+    target, assistant = tiny("gemma4_keqv")
+
+    class Broken:
+        context, nbytes = target.context, 0
+        make_cache, embed = staticmethod(target.make_cache), staticmethod(target.embed)
+
+        def __call__(self, tokens: mx.array, cache: object, span: Span) -> Output:
+            output = target(tokens, cache, span)  # type: ignore[arg-type]
+            return Output(output.logits * float("nan"), output.hidden)
+
+    sequence = Sequence(Pair(Broken(), assistant), Greedy())
+    sequence.prefill(varied_tokens(10), 2048, lambda done, total: None)
+    with pytest.raises(MTPError, match="not finite"):
+        sequence.round(2)
+
+
+def test_phases_are_timed_only_where_a_round_is_split() -> None:
+    target, assistant = tiny("gemma4_keqv")
+    sequence = Sequence(Pair(target, assistant), Greedy())
+    sequence.prefill(varied_tokens(10), 2048, lambda done, total: None)
+    whole, parts = sequence.round(3).times, sequence.round(3, split=True).times
+    assert whole.draft is None and whole.verify is None
+    assert parts.draft is not None and parts.verify is not None
+    assert np.isclose(parts.draft + parts.verify + parts.host, parts.total)

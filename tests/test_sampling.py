@@ -1,0 +1,75 @@
+"""Sampling draws from mlx-lm's distribution, with a key for every absolute position."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p
+
+from mtp_mlx.accept import normalise
+from mtp_mlx.errors import RequestError
+from mtp_mlx.sampling import Greedy, Sample, Sampler, choose_sampler
+
+V = 12
+DRAWS = 20_000
+
+
+def _logprobs() -> mx.array:
+    mx.random.seed(5)
+    return normalise(2 * mx.random.normal((V,)))
+
+
+def _draws(sampler: Sampler) -> np.ndarray:
+    """One draw at each of many positions, all from the same distribution."""
+    rows = mx.broadcast_to(_logprobs(), (1, DRAWS, V))
+    return np.array(sampler(rows, mx.arange(DRAWS)[None]))[0]
+
+
+@pytest.mark.parametrize("options", [{}, {"top_p": 0.7}, {"min_p": 0.1}, {"top_k": 3}, {"top_p": 0.8, "top_k": 4}])
+@pytest.mark.parametrize("temperature", [0.6, 1.0])
+def test_draws_follow_the_filtered_distribution(temperature: float, options: dict[str, float]) -> None:
+    sampler = Sample(temperature, seed=1, **options)  # type: ignore[arg-type]
+    counts = np.bincount(_draws(sampler), minlength=V)
+    row = _logprobs()[None]
+    if "top_p" in options:
+        row = apply_top_p(row, options["top_p"])
+    if "min_p" in options:
+        row = apply_min_p(row, options["min_p"])
+    if "top_k" in options:
+        row = apply_top_k(row, options["top_k"])
+    expected = DRAWS * np.array(mx.softmax(row[0] / temperature))
+    assert (counts[expected == 0] == 0).all()
+    likely = expected > 5
+    chi_square = ((counts[likely] - expected[likely]) ** 2 / expected[likely]).sum()
+    # Mean = degrees of freedom, standard deviation = sqrt(2 dof); the seed is fixed, so this cannot flicker.
+    dof = likely.sum() - 1
+    assert chi_square < dof + 5 * np.sqrt(2 * dof)
+
+
+def test_a_draw_depends_on_seed_and_position_only() -> None:
+    rows = mx.broadcast_to(_logprobs(), (1, 9, V))
+    whole = Sample(1.0, seed=7)(rows, mx.arange(100, 109)[None])
+    alone = [Sample(1.0, seed=7)(rows[:, :1], mx.array([[p]])).item() for p in range(100, 109)]
+    assert whole[0].tolist() == alone
+    assert Sample(1.0, seed=8)(rows, mx.arange(100, 109)[None])[0].tolist() != alone
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ((-0.5, 1.0, 0.0, 0, 0), "temperature"),
+        ((float("nan"), 1.0, 0.0, 0, 0), "temperature"),
+        ((0.7, 0.0, 0.0, 0, 0), "top-p"),
+        ((0.7, 1.5, 0.0, 0, 0), "top-p"),
+        ((0.7, 1.0, 2.0, 0, 0), "min-p"),
+        ((0.7, 1.0, 0.0, -1, 0), "top-k"),
+        ((0.7, 1.0, 0.0, 0, -1), "seed"),
+        ((0.7, 1.0, 0.0, 0, 2**32), "seed"),
+    ],
+)
+def test_an_option_out_of_range_is_named(options: tuple[float, float, float, int, int], word: str) -> None:
+    with pytest.raises(RequestError, match=word):
+        choose_sampler(*options)
+
+
+def test_temperature_zero_is_greedy() -> None:
+    assert choose_sampler(0.0, 1.0, 0.0, 0, 0) == Greedy()
