@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from importlib.metadata import version
 from typing import Annotated, Any
 
+import mlx.core as mx
 import typer
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
@@ -48,6 +49,9 @@ def command(
     min_p: Annotated[float, typer.Option(help="Drop tokens below this share of the best one's; 0 is off.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="Sample from this many tokens; 0 is off.")] = 0,
     seed: Annotated[int, typer.Option(help="Seed of the sampling; the same text at every depth.")] = 0,
+    dtype: Annotated[
+        str, typer.Option(help="Recast the weights: float32, bfloat16 or float16; 'auto' keeps the checkpoint's.")
+    ] = "auto",
     ignore_chat_template: Annotated[
         bool, typer.Option("--ignore-chat-template", help="Continue the prompt as plain text.")
     ] = False,
@@ -70,7 +74,7 @@ def command(
     sampler = choose_sampler(temp, top_p, min_p, top_k, seed)
     text = _read_prompt(prompt, model)
     with loading(model):
-        loaded = load_pair(model, drafter)
+        loaded = load_pair(model, drafter, parse_dtype(dtype))
     if loaded.drafter is None and drafter == "auto":
         note(loaded.drafter_reason)
     with Progress() as progress:
@@ -98,6 +102,16 @@ def parse_depth(depth: str) -> int | str:
         return int(depth)
     except ValueError:
         raise RequestError(f"--depth {depth} is neither 'auto' nor a number of drafts") from None
+
+
+DTYPES = {"auto": None, "float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
+
+
+def parse_dtype(name: str) -> mx.Dtype | None:
+    """The dtype of that name, None for 'auto'. Raises RequestError for any other."""
+    if name not in DTYPES:
+        raise RequestError(f"--dtype {name} is not one of {', '.join(DTYPES)}")
+    return DTYPES[name]
 
 
 def _read_prompt(prompt: str | None, model: str) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
+from mlx_lm.models.switch_layers import SwitchLinear
 from safetensors import SafetensorError, safe_open
 
 from mtp_mlx.errors import CheckpointError
@@ -71,16 +72,25 @@ class Checkpoint:
             found.update(loaded)
         return found
 
-    def fill(self, model: nn.Module, sanitize: Callable[[Mapping[str, mx.array]], dict[str, mx.array]]) -> None:
+    def fill(
+        self,
+        model: nn.Module,
+        sanitize: Callable[[Mapping[str, mx.array]], dict[str, mx.array]],
+        dtype: mx.Dtype | None = None,
+    ) -> None:
         """Put the checkpoint's tensors into a model, quantising its modules as the checkpoint is.
 
-        Raises CheckpointError for missing, unknown or misshapen tensors.
+        `dtype` recasts the floating-point ones. Raises CheckpointError for missing, unknown or misshapen
+        tensors, and for a dtype that this machine cannot compute with.
         """
         weights = sanitize(self.tensors())
         quantise_like(model, weights, self.quantization(), self.folder)
         self._check_names(model, weights)
         model.load_weights(list(weights.items()))
+        if dtype is not None:
+            model.set_dtype(dtype)
         model.eval()
+        self._check_experts(model)
         mx.eval(model.parameters())
 
     def quantization(self) -> Mapping[str, Any] | None:
@@ -116,6 +126,17 @@ class Checkpoint:
                 )
 
 
+    def _check_experts(self, model: nn.Module) -> None:
+        if mx.default_device() == mx.gpu:
+            return
+        for module in model.modules():
+            if isinstance(module, SwitchLinear) and module.weight.dtype != mx.float32:
+                raise CheckpointError(
+                    f"{self.folder} is a mixture of experts in {module.weight.dtype}, and MLX's CPU backend "
+                    "multiplies experts in float32 only; use --dtype float32, or a quantised checkpoint"
+                )
+
+
 def quantise_like(
     model: nn.Module, weights: Mapping[str, mx.array], quantization: Mapping[str, Any] | None, folder: Path
 ) -> None:
@@ -130,8 +151,8 @@ def quantise_like(
     def choice(path: str, module: nn.Module) -> bool | dict[str, Any]:
         if f"{path}.scales" not in weights:
             return False
-        named = next((layers[prefix + path] for prefix in _WRAPPERS if prefix + path in layers), {})
-        return {"mode": "affine", **default, **named}
+        # A layer's own entry stands alone, as in mlx-lm: what it leaves out is MLX's default, not the model's.
+        return next((layers[prefix + path] for prefix in _WRAPPERS if prefix + path in layers), default)
 
     try:
         nn.quantize(model, class_predicate=choice)

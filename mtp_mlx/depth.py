@@ -20,6 +20,11 @@ PROBE_AFTER, PROBE_AT_MOST = 32, 512  # rounds between probes of the depths not 
 class Depth(Protocol):
     """Chooses the number of drafts of each round and learns from the outcome."""
 
+    @property
+    def k(self) -> int:
+        """The depth in use, trials and probes of others aside."""
+        ...
+
     def choose(self) -> int: ...
 
     def observe(self, drafted: int, accepted: int, seconds: float) -> None: ...
@@ -69,7 +74,7 @@ class Measured:
     """Tries depth 0 and a trial depth, then follows the best measured tokens per second."""
 
     deepest: int = DEEPEST
-    current: int = 0
+    k: int = 0
     costs: dict[int, Cost] = field(default_factory=dict)
     tried: list[float] = field(default_factory=list)  # decayed count of drafts judged at each position
     right: list[float] = field(default_factory=list)  # of those, how many were accepted
@@ -82,7 +87,7 @@ class Measured:
         self.plan = [trial] * SAMPLES + [0] * SAMPLES
 
     def choose(self) -> int:
-        return self.plan[-1] if self.plan else self.current
+        return self.plan[-1] if self.plan else self.k
 
     def observe(self, drafted: int, accepted: int, seconds: float) -> None:
         self.costs.setdefault(drafted, Cost()).add(seconds)
@@ -105,11 +110,11 @@ class Measured:
 
     def _decide(self) -> None:
         best = max(range(self.deepest + 1), key=self.tokens_per_second)
-        if best != self.current and self.tokens_per_second(best) > GAIN * self.tokens_per_second(self.current):
-            self.current, self.since_probe, self.wait = best, 0, PROBE_AFTER
+        if best != self.k and self.tokens_per_second(best) > GAIN * self.tokens_per_second(self.k):
+            self.k, self.since_probe, self.wait = best, 0, PROBE_AFTER
         if self.since_probe >= self.wait:
             # Two rounds, as the first after a change of depth may pay for buffers of another shape.
-            self.plan = [0, 0] if self.current else [min(TRIAL, self.deepest)] * 2
+            self.plan = [0, 0] if self.k else [min(TRIAL, self.deepest)] * 2
             self.since_probe, self.wait = 0, min(2 * self.wait, PROBE_AT_MOST)
 
     def tokens_per_round(self, k: int) -> float:
@@ -138,7 +143,7 @@ class Measured:
         return self.tokens_per_round(k) / max(self.seconds(k), 1e-9)
 
     def reason(self) -> str:
-        trial = self.current or min(TRIAL, self.deepest)
+        trial = self.k or min(TRIAL, self.deepest)
         steps = self.seconds(trial) / self.seconds(0)
         if not math.isfinite(steps):
             return "still comparing depths: too few rounds so far"

@@ -72,7 +72,7 @@ def stream_generate(
             if not stats.rounds:
                 stats = replace(stats, ttft_seconds=time.perf_counter() - began)
             result = emitter.until_stop(result)
-            stats = stats.after(result, policy.reason(), sequence.cache.nbytes, mx.get_peak_memory())
+            stats = stats.after(result, policy, sequence.cache.nbytes, mx.get_peak_memory())
             yield from emitter.responses(result, stats)
             if emitter.finished:
                 return

@@ -3,11 +3,12 @@
 The only module that knows architectures by name. A new one is a file in models/ and a line in a table here.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import mlx.core as mx
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -23,7 +24,7 @@ DEMO = "demo"
 DEMO_FOLDER = Path(__file__).parent / "demo"
 ASSISTANT_FOLDER = "assistant"  # a folder that holds a pair keeps the drafter here
 
-C = TypeVar("C")
+Built = TypeVar("Built")
 
 _FILES = ["*.json", "*.safetensors", "*.jinja", "*.model"]
 
@@ -39,50 +40,53 @@ class Loaded:
     drafter_reason: str  # why this drafter, or why none
 
 
-def _gemma4_target(checkpoint: Checkpoint) -> gemma4.Model:
-    model = gemma4.Model(_config(gemma4.TextConfig.from_dict, checkpoint))
-    checkpoint.fill(model, model.sanitize)
+def _gemma4_target(checkpoint: Checkpoint, dtype: mx.Dtype | None) -> gemma4.Model:
+    model = _built(lambda config: gemma4.Model(gemma4.TextConfig.from_dict(config)), checkpoint)
+    checkpoint.fill(model, model.sanitize, dtype)
     return model
 
 
-def _gemma4_drafter(checkpoint: Checkpoint, target: gemma4.Model) -> Drafter:
-    config = _config(gemma4_assistant.Config.from_dict, checkpoint)
+def _gemma4_drafter(checkpoint: Checkpoint, dtype: mx.Dtype | None, target: gemma4.Model) -> Drafter:
+    config = _built(gemma4_assistant.Config.from_dict, checkpoint)
     found = gemma4_assistant.mismatches(config, target.config)
     if found:
         raise PairError(
             f"the drafter in {checkpoint.folder} was made for another target: it expects {'; '.join(found)}; "
             "use the assistant released for this target, or --drafter none"
         )
-    network = gemma4_assistant.Model(config)
-    checkpoint.fill(network, network.sanitize)
+    network = _built(lambda _: gemma4_assistant.Model(config), checkpoint)
+    checkpoint.fill(network, network.sanitize, dtype)
     return gemma4_assistant.Assistant(network, target)
 
 
-_TARGETS: dict[str, Callable[[Checkpoint], gemma4.Model]] = {
+_TARGETS: dict[str, Callable[[Checkpoint, mx.Dtype | None], gemma4.Model]] = {
     "gemma4": _gemma4_target,
     "gemma4_text": _gemma4_target,
     "gemma4_unified": _gemma4_target,
     "gemma4_unified_text": _gemma4_target,
 }
-_DRAFTERS: dict[str, Callable[[Checkpoint, gemma4.Model], Drafter]] = {
+_DRAFTERS: dict[str, Callable[[Checkpoint, mx.Dtype | None, gemma4.Model], Drafter]] = {
     "gemma4_assistant": _gemma4_drafter,
     "gemma4_unified_assistant": _gemma4_drafter,
 }
 
 
-def load(model: str = DEMO, drafter: str | None = "auto") -> tuple[Pair, TokenizerWrapper]:
+def load(
+    model: str | Path = DEMO, drafter: str | Path | None = "auto", *, dtype: mx.Dtype | None = None
+) -> tuple[Pair, TokenizerWrapper]:
     """Load a target with its drafter, and the tokenizer.
 
     `model` is a folder, a hub id or "demo". `drafter` is a folder, a hub id, "auto" for the one that belongs
-    to the target, or None (or "none") for plain decoding.
+    to the target, or None (or "none") for plain decoding. `dtype` recasts the weights that are not quantised;
+    None keeps the checkpoint's.
 
     Raises CheckpointError for a checkpoint that cannot be read, PairError for a drafter made for another target.
     """
-    loaded = load_pair(model, drafter)
+    loaded = load_pair(str(model), None if drafter is None else str(drafter), dtype)
     return loaded.pair, loaded.tokenizer
 
 
-def load_pair(model: str = DEMO, drafter: str | None = "auto") -> Loaded:
+def load_pair(model: str = DEMO, drafter: str | None = "auto", dtype: mx.Dtype | None = None) -> Loaded:
     """As `load`, with the names of both parts and the reason for the choice of drafter."""
     folder = find(model)
     checkpoint = Checkpoint.open(folder)
@@ -90,8 +94,8 @@ def load_pair(model: str = DEMO, drafter: str | None = "auto") -> Loaded:
     if build is None:
         raise CheckpointError(_unknown_target(checkpoint))
     chosen, reason = choose_drafter(model, folder, drafter)
-    target = build(checkpoint)
-    assistant: Drafter = NoDrafter() if chosen is None else _load_drafter(find(chosen), target)
+    target = build(checkpoint, dtype)
+    assistant: Drafter = NoDrafter() if chosen is None else _load_drafter(find(chosen), dtype, target)
     return Loaded(Pair(target, assistant), _tokenizer(checkpoint), model, chosen, reason)
 
 
@@ -130,7 +134,7 @@ def _is_hub_id(name: str) -> bool:
     return len(parts) == 2 and all(parts) and not name.startswith((".", "/", "~"))
 
 
-def _load_drafter(folder: Path, target: gemma4.Model) -> Drafter:
+def _load_drafter(folder: Path, dtype: mx.Dtype | None, target: gemma4.Model) -> Drafter:
     checkpoint = Checkpoint.open(folder)
     build = _DRAFTERS.get(checkpoint.model_type)
     if build is None:
@@ -138,7 +142,7 @@ def _load_drafter(folder: Path, target: gemma4.Model) -> Drafter:
             f"{folder} has model_type {checkpoint.model_type!r}, which is not a drafter; known drafters: "
             f"{', '.join(sorted(_DRAFTERS))}"
         )
-    return build(checkpoint, target)
+    return build(checkpoint, dtype, target)
 
 
 def _unknown_target(checkpoint: Checkpoint) -> str:
@@ -150,9 +154,10 @@ def _unknown_target(checkpoint: Checkpoint) -> str:
     )
 
 
-def _config(parse: Callable[[Any], C], checkpoint: Checkpoint) -> C:
+def _built(build: Callable[[Mapping[str, Any]], Built], checkpoint: Checkpoint) -> Built:
+    """What `build` makes of a checkpoint's config. Raises CheckpointError where the config makes no sense."""
     try:
-        return parse(checkpoint.config)
+        return build(checkpoint.config)
     except KeyError as error:
         raise CheckpointError(f"{checkpoint.folder / 'config.json'} lacks the entry {error}") from error
     except (TypeError, ValueError) as error:

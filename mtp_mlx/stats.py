@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from mtp_mlx.depth import Depth
 from mtp_mlx.rounds import Round
 
 
@@ -50,11 +51,11 @@ class Stats:
     draft: Phase = field(default_factory=Phase)
     verify: Phase = field(default_factory=Phase)
     host: Phase = field(default_factory=Phase)
-    depth: int = 0  # of the latest round
+    depth: int = 0  # drafts per round, as chosen by now
     depth_reason: str = ""
     memory: Memory = field(default_factory=Memory)
 
-    def after(self, result: Round, reason: str, cache_bytes: int, peak_bytes: int) -> "Stats":
+    def after(self, result: Round, depth: Depth, cache_bytes: int, peak_bytes: int) -> "Stats":
         """The figures with one more round in them."""
         drafted, accepted = result.drafted, result.accepted
         positions = range(max(drafted, len(self.reached_per_position)))
@@ -71,8 +72,8 @@ class Stats:
             draft=self.draft.add(result.times.draft),
             verify=self.verify.add(result.times.verify),
             host=self.host.add(result.times.host if timed else None),
-            depth=drafted,
-            depth_reason=reason,
+            depth=depth.k,
+            depth_reason=depth.reason(),
             memory=replace(self.memory, cache=cache_bytes, peak=peak_bytes),
         )
 

@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 
 from mtp_mlx.cache import MAX_BLOCK, Cache
-from mtp_mlx.loading import load_pair
+from mtp_mlx.loading import load
 from mtp_mlx.models.gemma4 import Model as Gemma4
 from mtp_mlx.models.gemma4_assistant import Assistant
 from mtp_mlx.rounds import Sequence
@@ -25,11 +25,8 @@ VOCAB = 320
 def tiny(variant: str, drafter: str = "assistant") -> tuple[Gemma4, Assistant]:
     """A tiny released-format pair of tests/fixtures, in float32."""
     folder = FIXTURES / variant
-    pair = load_pair(str(folder), str(folder / drafter)).pair
+    pair, _ = load(folder, folder / drafter, dtype=mx.float32)
     assert isinstance(pair.target, Gemma4) and isinstance(pair.drafter, Assistant)
-    pair.target.set_dtype(mx.float32)
-    pair.drafter.network.set_dtype(mx.float32)
-    mx.eval(pair.target.parameters(), pair.drafter.network.parameters())
     return pair.target, pair.drafter
 
 

@@ -1,0 +1,114 @@
+"""The shape of the house: imports point one way, every folder is in the wheel, every test file has a subject."""
+
+import ast
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FOLDERS = {"mtp_mlx": ROOT / "mtp_mlx", "mtp_mlx.models": ROOT / "models", "mtp_mlx.cli": ROOT / "cli"}
+
+# What each module of ours may import of ours. One direction: nothing below imports anything above.
+ALLOWED = {
+    "mtp_mlx.errors": set(),
+    "mtp_mlx.types": set(),
+    "mtp_mlx.cache": {"types"},
+    "mtp_mlx.ngram": {"cache", "types"},
+    "mtp_mlx.models.gemma4": {"cache", "types"},
+    "mtp_mlx.models.gemma4_assistant": {"cache", "types", "models.gemma4"},
+    "mtp_mlx.sampling": {"errors"},
+    "mtp_mlx.accept": {"sampling", "types"},
+    "mtp_mlx.depth": {"errors"},
+    "mtp_mlx.rounds": {"accept", "depth", "errors", "sampling", "types"},
+    "mtp_mlx.stats": {"depth", "rounds"},
+    "mtp_mlx.generate": {"depth", "errors", "rounds", "sampling", "stats", "types"},
+    "mtp_mlx.checkpoint": {"errors"},
+    "mtp_mlx.loading": {"checkpoint", "errors", "models", "ngram", "types"},
+    "mtp_mlx.cli.display": {"generate", "stats"},
+    "mtp_mlx.cli.generate": {"cli.display", "errors", "generate", "loading", "sampling"},
+    "mtp_mlx.cli.main": {"cli", "errors"},
+    "mtp_mlx": {"errors", "generate", "loading", "sampling", "stats", "types"},
+    "mtp_mlx.models": set(),
+    "mtp_mlx.cli": set(),
+}
+
+
+def _modules() -> dict[str, Path]:
+    return {
+        package if path.stem == "__init__" else f"{package}.{path.stem}": path
+        for package, folder in FOLDERS.items()
+        for path in sorted(folder.glob("*.py"))
+    }
+
+
+def _imports_of_ours(tree: ast.Module) -> set[str]:
+    """Modules of ours that are imported when this one is; what is imported for type checkers only is left out."""
+    guarded = {
+        id(node)
+        for guard in tree.body
+        if isinstance(guard, ast.If) and ast.unparse(guard.test) == "TYPE_CHECKING"
+        for node in ast.walk(guard)
+    }
+    found = set()
+    for node in ast.walk(tree):
+        if id(node) in guarded:
+            continue
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "mtp_mlx":
+            found.add(node.module.removeprefix("mtp_mlx").removeprefix("."))
+        elif isinstance(node, ast.Import):
+            assert not any(alias.name.split(".")[0] == "mtp_mlx" for alias in node.names), "use from-imports"
+    return found
+
+
+def test_every_module_imports_only_what_lies_below_it() -> None:
+    modules = _modules()
+    assert modules.keys() == ALLOWED.keys(), "a new module needs a line in ALLOWED and in docs/structure.md"
+    for name, path in modules.items():
+        surplus = _imports_of_ours(ast.parse(path.read_text())) - ALLOWED[name]
+        assert not surplus, f"{name} imports {surplus}"
+
+
+def test_only_loading_names_architectures() -> None:
+    for name, path in _modules().items():
+        if name.startswith("mtp_mlx.models") or name == "mtp_mlx.loading":
+            continue
+        code = ast.unparse(ast.parse(path.read_text()).body[1:] or ast.parse(path.read_text()).body)  # type: ignore[arg-type]
+        assert "gemma4" not in code, f"{name} knows an architecture"
+
+
+def test_every_folder_and_every_data_file_is_in_the_package() -> None:
+    setup = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert set(setup["packages"]) == set(FOLDERS)
+    for package, folder in FOLDERS.items():
+        assert (ROOT / setup["package-dir"][package]).samefile(folder)
+        assert not [path for path in folder.glob("*/__init__.py") if not path.parent.is_symlink()], "keep folders flat"
+    for name in ("models", "cli"):
+        assert (ROOT / "mtp_mlx" / name).is_symlink()
+    patterns = setup["package-data"]["mtp_mlx"]
+    listed = {path for pattern in patterns for path in (ROOT / "mtp_mlx").glob(pattern) if path.is_file()}
+    data = {path for path in (ROOT / "mtp_mlx" / "demo").rglob("*") if path.is_file()}
+    assert data and data <= listed
+
+
+def test_every_module_is_described() -> None:
+    structure = (ROOT / "docs" / "structure.md").read_text()
+    for path in _modules().values():
+        if path.stem != "__init__":
+            assert f"`{path.relative_to(ROOT)}`" in structure, f"docs/structure.md does not mention {path.name}"
+
+
+@pytest.mark.parametrize("path", sorted(Path(__file__).parent.glob("test_*.py")), ids=lambda path: path.stem)
+def test_every_test_file_has_a_subject(path: Path) -> None:
+    subject = path.stem.removeprefix("test_")
+    known = {name.split(".")[-1] for name in _modules()} | {"layout", "readme", "demo", "wheel", "cli"}
+    assert subject in known
+
+
+def test_no_probing_and_no_environment_variables() -> None:
+    for name, path in _modules().items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                assert node.func.id not in {"getattr", "hasattr", "callable"}, f"{name}:{node.lineno}"
+            if isinstance(node, ast.Attribute):
+                assert node.attr not in {"environ", "getenv"}, f"{name}:{node.lineno}"
