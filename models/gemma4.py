@@ -356,6 +356,7 @@ class Model(nn.Module):
         super().__init__()
         self.config = config
         self.context = config.max_position_embeddings
+        self.vocabulary = config.vocab_size
         self.model = TextModel(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)

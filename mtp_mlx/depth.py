@@ -13,6 +13,7 @@ from mtp_mlx.errors import RequestError
 DEEPEST = 6  # what `auto` tries at most
 TRIAL = 4  # depth of the first trial and of later probes while drafting is off
 SAMPLES = 3  # rounds at each depth before it is judged, the first of them not counted
+PRIOR = 8  # drafts that the expectation from the position before is worth
 GAIN = 1.03  # a change must promise at least this
 PROBE_AFTER, PROBE_AT_MOST = 32, 512  # rounds between probes of the depths not in use, doubling
 
@@ -118,11 +119,16 @@ class Measured:
             self.since_probe, self.wait = 0, min(2 * self.wait, PROBE_AT_MOST)
 
     def tokens_per_round(self, k: int) -> float:
-        """Expected tokens of a round with k drafts; a position never reached is taken to be like the one before."""
-        total, reached, chance = 1.0, 1.0, 0.5
+        """Expected tokens of a round with k drafts.
+
+        A position is taken to be like the one before it until enough drafts have reached it: a few unlucky ones
+        at the far end would otherwise keep that depth from ever being tried again.
+        """
+        total, reached, chance, prior = 1.0, 1.0, 0.5, 1.0
         for j in range(k):
-            if j < len(self.tried):
-                chance = (self.right[j] + 0.5) / (self.tried[j] + 1)
+            tried, right = (self.tried[j], self.right[j]) if j < len(self.tried) else (0.0, 0.0)
+            chance = (right + prior * chance) / (tried + prior)
+            prior = PRIOR
             reached *= chance
             total += reached
         return total

@@ -57,20 +57,23 @@ def stream_generate(
     """
     began = time.perf_counter()
     ids = encode(tokenizer, prompt)
+    check_tokens(ids, pair.target.vocabulary)
     budget = check_lengths(len(ids), max_tokens, pair.target.context)
     if prefill_step_size < 1:
         raise RequestError(f"prefill step size {prefill_step_size} must be at least 1")
     policy = choose_depth(depth, pair.drafter.limit)
+    progress = prompt_progress_callback or _ignore
     with _wired():
         mx.reset_peak_memory()
         sequence = Sequence(pair, sampler or Greedy())
-        sequence.prefill(ids, prefill_step_size, prompt_progress_callback or _ignore)
+        sequence.prefill(ids, prefill_step_size, progress)
         memory = Memory(target=pair.target.nbytes, drafter=pair.drafter.nbytes)
         stats = Stats(len(ids), prompt_seconds=time.perf_counter() - began, memory=memory)
         emitter = _Emitter(tokenizer, budget)
         for result in rounds(sequence, policy, budget):
             if not stats.rounds:
                 stats = replace(stats, ttft_seconds=time.perf_counter() - began)
+                progress(len(ids), len(ids))
             result = emitter.until_stop(result)
             stats = stats.after(result, policy, sequence.cache.nbytes, mx.get_peak_memory())
             yield from emitter.responses(result, stats)
@@ -149,6 +152,16 @@ def encode(tokenizer: TokenizerWrapper, prompt: Prompt) -> list[int]:
         ids: list[int] = tokenizer.encode(prompt, add_special_tokens=bare) if prompt else []
         return ids
     return prompt
+
+
+def check_tokens(ids: list[int], vocabulary: int) -> None:
+    """Raises RequestError for an id that is not in the model's vocabulary; MLX would read beyond the table."""
+    for token in ids:
+        if not 0 <= token < vocabulary:
+            raise RequestError(
+                f"the prompt holds token {token}, the model's vocabulary ends at {vocabulary - 1}; the tokenizer "
+                "belongs to another model"
+            )
 
 
 def check_lengths(prompt_tokens: int, max_tokens: int, context: int) -> int:

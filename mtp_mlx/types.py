@@ -87,6 +87,7 @@ class Target(Protocol):
     """A language model that verifies. Holds weights only."""
 
     context: int  # the longest sequence the model was made for, in tokens
+    vocabulary: int  # number of token ids
 
     @property
     def nbytes(self) -> int:

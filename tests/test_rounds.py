@@ -205,7 +205,7 @@ def test_logits_that_are_not_finite_are_an_error_and_not_a_token() -> None:
     target, assistant = tiny("gemma4_keqv")
 
     class Broken:
-        context, nbytes = target.context, 0
+        context, vocabulary, nbytes = target.context, target.vocabulary, 0
         make_cache, embed = staticmethod(target.make_cache), staticmethod(target.embed)
 
         def __call__(self, tokens: mx.array, cache: object, span: Span) -> Output:

@@ -1,0 +1,99 @@
+"""The depth that brings the most tokens per second is found, kept, and left when it stops paying."""
+
+import random
+import re
+
+import pytest
+
+from mtp_mlx.depth import DEEPEST, Fixed, Measured, choose_depth
+from mtp_mlx.errors import RequestError
+
+
+class Machine:
+    """Plays rounds at given costs and chances: row j of a block costs `row` plain steps, a draft is right with p."""
+
+    def __init__(self, row: float, p: float, seed: int = 0):
+        self.row, self.p = row, p
+        self.random = random.Random(seed)
+        self.seconds, self.tokens, self.depths = 0.0, 0, []  # type: ignore[var-annotated]
+
+    def play(self, policy: Measured, rounds: int) -> None:
+        for _ in range(rounds):
+            k = policy.choose()
+            accepted = 0
+            while accepted < k and self.random.random() < self.p:
+                accepted += 1
+            spent = 0.01 * (1 + self.row * k) * self.random.uniform(0.97, 1.03)
+            policy.observe(k, accepted, spent)
+            self.seconds += spent
+            self.tokens += accepted + 1
+            self.depths.append(k)
+
+
+def best_depth(row: float, p: float) -> int:
+    return max(range(DEEPEST + 1), key=lambda k: sum(p**i for i in range(k + 1)) / (1 + row * k))
+
+
+@pytest.mark.parametrize(("row", "p"), [(1.0, 0.9), (0.5, 0.3), (0.9, 0.5)])
+def test_drafting_is_off_where_it_does_not_pay(row: float, p: float) -> None:
+    machine, policy = Machine(row, p), Measured()
+    machine.play(policy, 600)
+    assert best_depth(row, p) == 0 and policy.k == 0
+    assert machine.depths[-300:].count(0) > 280
+    assert machine.tokens / machine.seconds > 0.93 * 100, "100 tokens per second is plain decoding"
+
+
+@pytest.mark.parametrize(("row", "p"), [(0.05, 0.8), (0.15, 0.7), (0.1, 0.95), (0.3, 0.8)])
+def test_the_best_depth_is_found_within_a_few_percent(row: float, p: float) -> None:
+    machine, policy = Machine(row, p), Measured()
+    machine.play(policy, 600)
+    k = best_depth(row, p)
+    ideal = sum(p**i for i in range(k + 1)) / (1 + row * k) * 100
+    assert k > 0 and policy.k > 0
+    assert machine.tokens / machine.seconds > 0.93 * ideal
+
+
+def test_drafting_comes_back_when_the_text_gets_easier() -> None:
+    policy = Measured()
+    Machine(0.2, 0.05).play(policy, 200)
+    assert policy.k == 0
+    Machine(0.2, 0.95).play(policy, 600)
+    assert policy.k > 0
+
+
+def test_one_slow_round_does_not_change_the_depth() -> None:
+    policy = Measured()
+    Machine(0.1, 0.8).play(policy, 100)
+    before = policy.k
+    policy.observe(before, before, 10.0)
+    assert policy.k == before > 0
+
+
+def test_reasons_are_plain_words() -> None:
+    policy = Measured()
+    assert "too few rounds" in policy.reason()
+    Machine(1.0, 0.5).play(policy, 100)
+    assert re.match(r"a round with 4 drafts costs (4\.9|5\.\d) plain steps here and brings 1\.\d tokens", policy.reason())
+    assert Fixed(3).reason() == "set by the caller"
+
+
+@pytest.mark.parametrize("depth", [-1, 32, "fast", True, "3"])
+def test_a_depth_that_means_nothing_is_refused(depth: int | str) -> None:
+    with pytest.raises(RequestError, match="depth"):
+        choose_depth(depth, 31)
+
+
+def test_without_a_drafter_nothing_is_drafted() -> None:
+    assert choose_depth("auto", 0).choose() == 0
+    assert choose_depth("auto", 0).reason() == "no drafter"
+    assert choose_depth(0, 0).choose() == 0
+    with pytest.raises(RequestError, match="needs a drafter"):
+        choose_depth(2, 0)
+
+
+def test_a_drafter_with_a_low_limit_is_never_asked_for_more() -> None:
+    policy = choose_depth("auto", 2)
+    assert isinstance(policy, Measured)
+    machine = Machine(0.01, 0.99)
+    machine.play(policy, 100)
+    assert max(machine.depths) == 2
