@@ -53,18 +53,25 @@ class Progress:
     def __enter__(self) -> "Progress":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._bar.stop()
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
+        # Stopping a bar that never started would print an empty line.
+        if self._task is not None:
+            self._bar.stop()
 
     def __call__(self, done: int, total: int) -> None:
-        if total < LONG_PROMPT:
+        if total < LONG_PROMPT or not _stderr.is_terminal:
             return
         if self._task is None:
             self._task = self._bar.add_task("", total=total)
             self._bar.start()
         self._bar.update(self._task, completed=done)
-        if done >= total - 1:
-            self._bar.stop()
+        if done == total:
+            self._stop()
 
 
 class Writer:
@@ -106,7 +113,10 @@ def stats_table(last: Response, show_drafts: bool) -> None:
 def _rows(stats: Stats, last: Response) -> Iterator[tuple[str, str]]:
     memory = stats.memory
     yield "prompt", f"{stats.prompt_tokens} tokens, {stats.prompt_tps:.1f} tok/s"
-    yield "generated", f"{last.generation_tokens} tokens, {stats.generation_tps:.1f} tok/s ({last.finish_reason})"
+    yield (
+        "generated",
+        f"{last.generation_tokens} tokens, {stats.generation_tps:.1f} tok/s ({last.finish_reason})",
+    )
     yield "first token", f"{stats.ttft_seconds:.3f} s"
     yield "rounds", f"{stats.rounds}, {stats.tokens_per_round:.2f} tokens per round"
     yield "depth", f"{stats.depth}: {stats.depth_reason}"
@@ -114,7 +124,10 @@ def _rows(stats: Stats, last: Response) -> Iterator[tuple[str, str]]:
         shares = " ".join(f"{share:.0%}" for share in stats.accepted_per_position)
         yield "accepted", f"{stats.accepted} of {stats.drafted} drafts; per position {shares}"
     phases = [("draft", stats.draft.ms), ("verify", stats.verify.ms), ("host", stats.host.ms)]
-    yield "per round", ", ".join(f"{name} {ms:.1f} ms" for name, ms in phases if ms is not None) or "too few rounds"
+    yield (
+        "per round",
+        ", ".join(f"{name} {ms:.1f} ms" for name, ms in phases if ms is not None) or "too few rounds",
+    )
     yield (
         "memory",
         f"target {_size(memory.target)}, drafter {_size(memory.drafter)}, cache {_size(memory.cache)}, "

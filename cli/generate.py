@@ -36,10 +36,12 @@ def command(
         str, typer.Option(help="Folder or hub id of the target; 'demo' is built in and works offline.")
     ] = DEMO,
     drafter: Annotated[
-        str, typer.Option(help="Folder or hub id of the drafter, 'auto' for the one that belongs to it, or 'none'.")
+        str,
+        typer.Option(help="Folder or hub id of the drafter, 'auto' for the one that belongs to it, or 'none'."),
     ] = "auto",
     max_tokens: Annotated[
-        int, typer.Option("--max-tokens", "-m", help="Tokens to generate; -1 for as many as the context holds.")
+        int,
+        typer.Option("--max-tokens", "-m", help="Tokens to generate; -1 for as many as the context holds."),
     ] = DEFAULT_MAX_TOKENS,
     depth: Annotated[
         str, typer.Option(help="Tokens to draft per round; 'auto' measures, 0 is plain decoding.")
@@ -50,7 +52,8 @@ def command(
     top_k: Annotated[int, typer.Option(help="Sample from this many tokens; 0 is off.")] = 0,
     seed: Annotated[int, typer.Option(help="Seed of the sampling; the same text at every depth.")] = 0,
     dtype: Annotated[
-        str, typer.Option(help="Recast the weights: float32, bfloat16 or float16; 'auto' keeps the checkpoint's.")
+        str,
+        typer.Option(help="Recast the weights: float32, bfloat16 or float16; 'auto' keeps the checkpoint's."),
     ] = "auto",
     ignore_chat_template: Annotated[
         bool, typer.Option("--ignore-chat-template", help="Continue the prompt as plain text.")
@@ -131,9 +134,7 @@ def _read_prompt(prompt: str | None, model: str) -> str:
 def _in_chat_template(tokenizer: TokenizerWrapper, prompt: str) -> str | list[int]:
     if not tokenizer.has_chat_template or not prompt:
         return prompt
-    ids: list[int] = tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], add_generation_prompt=True
-    )
+    ids: list[int] = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True)
     return ids
 
 

@@ -209,7 +209,8 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(inner, width, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.down_proj(nn.gelu_approx(self.gate_proj(x)) * self.up_proj(x))
+        y: mx.array = self.down_proj(nn.gelu_approx(self.gate_proj(x)) * self.up_proj(x))
+        return y
 
 
 class GeGLU(nn.Module):
@@ -241,7 +242,11 @@ class Experts(nn.Module):
     def __init__(self, config: TextConfig):
         super().__init__()
         self.switch_glu = SwitchGLU(
-            config.hidden_size, config.moe_intermediate_size, config.num_experts, activation=GeGLU(), bias=False
+            config.hidden_size,
+            config.moe_intermediate_size,
+            config.num_experts,
+            activation=GeGLU(),
+            bias=False,
         )
 
     def __call__(self, x: mx.array, chosen: mx.array, weights: mx.array) -> mx.array:
@@ -364,7 +369,7 @@ class Model(nn.Module):
     @property
     def nbytes(self) -> int:
         """Bytes of the weights."""
-        return sum(array.nbytes for _, array in tree_flatten(self.parameters()))
+        return weight_bytes(self)
 
     def make_cache(self) -> Cache:
         kinds = self.config.layer_types[: self.config.first_shared]
@@ -385,12 +390,18 @@ class Model(nn.Module):
     def sanitize(self, weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
         """Parameters of this model out of a checkpoint's tensors: text only, experts split, duplicates left out."""
         kept: dict[str, mx.array] = {}
-        for name, array in weights.items():
-            name = rename(name)
+        for given, array in weights.items():
+            name = rename(given)
             if name.startswith(_OTHER_MODALITIES) or _is_ballast(name, self.config):
                 continue
             kept.update(_split_experts(name, array))
         return kept
+
+
+def weight_bytes(module: nn.Module) -> int:
+    """Bytes of a module's parameters."""
+    parameters: dict[str, mx.array] = dict(tree_flatten(module.parameters()))
+    return sum(array.nbytes for array in parameters.values())
 
 
 _OTHER_MODALITIES = (

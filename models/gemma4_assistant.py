@@ -10,10 +10,9 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from mtp_mlx.cache import MAX_BLOCK, Cache
-from mtp_mlx.models.gemma4 import DecoderLayer, TextConfig
+from mtp_mlx.models.gemma4 import DecoderLayer, TextConfig, weight_bytes
 from mtp_mlx.models.gemma4 import Model as Gemma4
 from mtp_mlx.types import Draft, Mask, Output, Span, Visible
 
@@ -151,7 +150,7 @@ class Assistant:
     @property
     def nbytes(self) -> int:
         """Bytes of the weights; the target's table and cache are not counted again."""
-        return sum(array.nbytes for _, array in tree_flatten(self.network.parameters()))
+        return weight_bytes(self.network)
 
     def start(self, cache: Cache) -> State:
         return State(cache, None)
@@ -166,7 +165,9 @@ class Assistant:
 
     def steps(self, state: State, last: mx.array, k: int) -> list[Step]:
         """k chained draft steps; nothing is evaluated between them."""
-        assert state.hidden is not None or k == 0, "a draft starts from the hidden of a kept token"
+        if k == 0:
+            return []
+        assert state.hidden is not None, "a draft starts from the hidden of a kept token"
         span = Span(state.cache.position + self.position_offset, 1)
         memory = self._memory(state.cache)
         token, hidden = last[:, None], state.hidden

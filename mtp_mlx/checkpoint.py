@@ -125,7 +125,6 @@ class Checkpoint:
                     f"{self.folder}: {name} has shape {array.shape}, its config means {wanted[name].shape}"
                 )
 
-
     def _check_experts(self, model: nn.Module) -> None:
         if mx.default_device() == mx.gpu:
             return

@@ -163,7 +163,7 @@ def choose_depth(depth: int | str, limit: int) -> Depth:
     """The policy a user means by a number or "auto". Raises RequestError for anything else."""
     if depth == "auto":
         return Measured(min(DEEPEST, limit)) if limit else Fixed(0, "no drafter")
-    if isinstance(depth, str) or isinstance(depth, bool):
+    if isinstance(depth, str | bool):
         raise RequestError(f'depth {depth!r} is neither "auto" nor a number of drafts')
     if depth < 0:
         raise RequestError(f"depth {depth} is negative; give 0 to turn drafting off")

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, cast
 
 import mlx.core as mx
 from mlx_lm.generate import GenerationResponse
@@ -25,7 +25,7 @@ DEFAULT_PREFILL_STEP = 2048
 
 
 @dataclass
-class Response(GenerationResponse):  # type: ignore[misc]
+class Response(GenerationResponse):
     """mlx-lm's response, and where the token comes from.
 
     `origin` is "accepted" for a draft that was kept, "correction" for the target's token in place of a wrong
@@ -70,11 +70,11 @@ def stream_generate(
         memory = Memory(target=pair.target.nbytes, drafter=pair.drafter.nbytes)
         stats = Stats(len(ids), prompt_seconds=time.perf_counter() - began, memory=memory)
         emitter = _Emitter(tokenizer, budget)
-        for result in rounds(sequence, policy, budget):
+        for whole in rounds(sequence, policy, budget):
             if not stats.rounds:
                 stats = replace(stats, ttft_seconds=time.perf_counter() - began)
                 progress(len(ids), len(ids))
-            result = emitter.until_stop(result)
+            result = emitter.until_stop(whole)
             stats = stats.after(result, policy, sequence.cache.nbytes, mx.get_peak_memory())
             yield from emitter.responses(result, stats)
             if emitter.finished:
@@ -146,7 +146,7 @@ def generate(pair: Pair, tokenizer: TokenizerWrapper, prompt: Prompt, verbose: b
 def encode(tokenizer: TokenizerWrapper, prompt: Prompt) -> list[int]:
     """Token ids of a prompt. Special tokens are added unless the text begins with BOS, as in mlx-lm."""
     if isinstance(prompt, mx.array):
-        prompt = prompt.tolist()
+        return cast(list[int], prompt.tolist())
     if isinstance(prompt, str):
         bare = tokenizer.bos_token is None or not prompt.startswith(tokenizer.bos_token)
         ids: list[int] = tokenizer.encode(prompt, add_special_tokens=bare) if prompt else []

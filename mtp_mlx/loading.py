@@ -167,4 +167,7 @@ def _built(build: Callable[[Mapping[str, Any]], Built], checkpoint: Checkpoint) 
 def _tokenizer(checkpoint: Checkpoint) -> TokenizerWrapper:
     if not (checkpoint.folder / "tokenizer.json").is_file():
         raise CheckpointError(f"{checkpoint.folder} has no tokenizer.json; download the whole checkpoint")
-    return load_tokenizer(checkpoint.folder, eos_token_ids=checkpoint.eos_token_ids())
+    # The limit is ours to check, against the model's context; transformers would only warn, on stderr.
+    limits = {"model_max_length": 2**40}
+    tokenizer: TokenizerWrapper = load_tokenizer(checkpoint.folder, limits, eos_token_ids=checkpoint.eos_token_ids())
+    return tokenizer

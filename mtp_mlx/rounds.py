@@ -5,7 +5,7 @@ Plain decoding is the same loop with nothing drafted. A round is built lazily an
 
 import time
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import mlx.core as mx
 
@@ -99,7 +99,7 @@ class Sequence:
         mx.eval(report, self.last, logprobs, cache.arrays(), self.state)
         verifying = time.perf_counter() - built
 
-        count, finite, *tokens = report.tolist()  # the one read
+        count, finite, *tokens = cast(list[int], report.tolist())  # the one read
         if not finite:
             raise MTPError(
                 f"the model's logits after {self.length} tokens are not finite; the checkpoint or its "

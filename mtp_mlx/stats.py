@@ -94,9 +94,7 @@ class Stats:
     @property
     def accepted_per_position(self) -> list[float]:
         """Share of the drafts at each position that were kept; not conditional on the ones before."""
-        return [
-            kept / made for kept, made in zip(self.accepted_at_position, self.reached_per_position, strict=True)
-        ]
+        return [kept / made for kept, made in zip(self.accepted_at_position, self.reached_per_position, strict=True)]
 
     def figures(self) -> dict[str, Any]:
         """The figures under the names of `mtp-mlx generate --json`."""

@@ -76,7 +76,8 @@ class Draft(NamedTuple):
     tokens: mx.array  # (B, k) int32
 
 
-class Kept(NamedTuple):
+@dataclass(frozen=True)
+class Kept:
     """What the target made of a draft: `count` drafts are right, then comes one token of its own."""
 
     count: mx.array  # (B,) int32, 0..k

@@ -5,6 +5,8 @@ from functools import cache
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm
 import numpy as np
 
 from mtp_mlx.cache import MAX_BLOCK, Cache
@@ -13,7 +15,7 @@ from mtp_mlx.models.gemma4 import Model as Gemma4
 from mtp_mlx.models.gemma4_assistant import Assistant
 from mtp_mlx.rounds import Sequence
 from mtp_mlx.sampling import Greedy, Sampler
-from mtp_mlx.types import Draft, Drafter, Output, Pair, Target
+from mtp_mlx.types import Draft, Drafter, Output, Pair, Span, Target
 
 FIXTURES = Path(__file__).parent / "fixtures"
 VARIANTS = ["gemma4_ple", "gemma4_keqv", "gemma4_moe", "gemma4_unified"]
@@ -35,6 +37,16 @@ def golden(variant: str) -> dict[str, np.ndarray]:
     """The values that torch and transformers computed for a variant."""
     with np.load(FIXTURES / variant / "golden.npz") as values:
         return dict(values)
+
+
+def gap(mine: mx.array, theirs: mx.array | np.ndarray) -> float:
+    """Largest absolute difference."""
+    return float(np.abs(np.array(mine) - np.array(theirs)).max())
+
+
+def mlx_lm_model(folder: Path) -> nn.Module:
+    """The same checkpoint as mlx-lm loads it."""
+    return mlx_lm.load(str(folder))[0]
 
 
 def varied_tokens(length: int, seed: int = 0) -> list[int]:
@@ -79,8 +91,36 @@ class Forced:
         return self.tokens[positions]
 
 
+class AlteredTarget:
+    """A target with a shorter context, or with its logits multiplied."""
+
+    def __init__(self, target: Target, context: int = 1024, factor: float = 1.0):
+        self.target, self.context, self.factor = target, context, factor
+        self.vocabulary = target.vocabulary
+
+    @property
+    def nbytes(self) -> int:
+        return self.target.nbytes
+
+    def make_cache(self) -> Cache:
+        return self.target.make_cache()
+
+    def embed(self, tokens: mx.array) -> mx.array:
+        return self.target.embed(tokens)
+
+    def __call__(self, tokens: mx.array, cache: Cache, span: Span) -> Output:
+        output = self.target(tokens, cache, span)
+        return output._replace(logits=output.logits * self.factor)
+
+
 def run_rounds(
-    target: Target, drafter: Drafter, sampler: Sampler, prompt: list[int], tokens: int, k: int, step: int = 2048
+    target: Target,
+    drafter: Drafter,
+    sampler: Sampler,
+    prompt: list[int],
+    tokens: int,
+    k: int,
+    step: int = 2048,
 ) -> tuple[list[int], mx.array, list[int]]:
     """`tokens` tokens after a prompt at depth k: the tokens, their log-probability rows, drafts kept per round."""
     sequence = Sequence(Pair(target, drafter), sampler)

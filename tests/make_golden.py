@@ -301,9 +301,7 @@ def draft(target: PreTrainedModel, assistant: PreTrainedModel, run: Run, bonus: 
     for _ in range(DRAFTS):
         embedded = target.get_input_embeddings()(token)  # scaled by sqrt(H)
         inputs = torch.cat([embedded, hidden], dim=-1)
-        output = assistant(
-            inputs_embeds=inputs, position_ids=position, shared_kv_states=kv, output_hidden_states=True
-        )
+        output = assistant(inputs_embeds=inputs, position_ids=position, shared_kv_states=kv, output_hidden_states=True)
         token, hidden = output.logits.argmax(-1), output.last_hidden_state
         steps.append((token[0, 0], output.logits[0, 0], hidden[0, 0]))
         margins.append(min(margin(output.logits), centroid_margin(assistant, output.hidden_states[-1])))
@@ -366,8 +364,7 @@ def golden_rounds(target: PreTrainedModel, assistants: dict[str, PreTrainedModel
         }
         if min(one.margin for several in rounds.values() for one in several) > MARGIN:
             return run, merge(
-                round_arrays(f"{name}_{tag}", several, assistants[name])
-                for (name, tag), several in rounds.items()
+                round_arrays(f"{name}_{tag}", several, assistants[name]) for (name, tag), several in rounds.items()
             )
     raise AssertionError("unreachable")
 

@@ -73,7 +73,9 @@ def test_reasons_are_plain_words() -> None:
     policy = Measured()
     assert "too few rounds" in policy.reason()
     Machine(1.0, 0.5).play(policy, 100)
-    assert re.match(r"a round with 4 drafts costs (4\.9|5\.\d) plain steps here and brings 1\.\d tokens", policy.reason())
+    assert re.match(
+        r"a round with 4 drafts costs (4\.9|5\.\d) plain steps here and brings \d\.\d tokens", policy.reason()
+    )
     assert Fixed(3).reason() == "set by the caller"
 
 

@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import VARIANTS, golden, tiny
-from test_gemma4 import TOLERANCE, teacher_forced
+from test_gemma4 import close, teacher_forced
 
 from mtp_mlx.models.gemma4_assistant import Assistant, Scores, State, Step
 
@@ -37,9 +37,9 @@ def test_drafts_equal_transformers(variant: str, head: str, tag: str, blocks: li
     for i, (steps, drafted) in enumerate(draft_rounds(assistant, variant, blocks)):
         assert drafted[0].tolist() == expected["tokens"][i].tolist()
         for j, step in enumerate(steps):
-            np.testing.assert_allclose(np.array(step.hidden[0, 0]), expected["hidden"][i, j], **TOLERANCE)
+            close(step.hidden[0, 0], expected["hidden"][i, j])
             columns, logits = _by_token(step.scores)
-            np.testing.assert_allclose(logits, expected["logits"][i, j][columns], **TOLERANCE)
+            close(logits, expected["logits"][i, j][columns])
             if step.scores.ids is not None:
                 selected = golden(variant)[f"{head}_{tag}_selected"][i, j]
                 assert sorted(columns) == np.flatnonzero(selected).tolist()

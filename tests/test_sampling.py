@@ -21,21 +21,18 @@ def _logprobs() -> mx.array:
 def _draws(sampler: Sampler) -> np.ndarray:
     """One draw at each of many positions, all from the same distribution."""
     rows = mx.broadcast_to(_logprobs(), (1, DRAWS, V))
-    return np.array(sampler(rows, mx.arange(DRAWS)[None]))[0]
+    drawn: np.ndarray = np.array(sampler(rows, mx.arange(DRAWS)[None])[0])
+    return drawn
 
 
-@pytest.mark.parametrize("options", [{}, {"top_p": 0.7}, {"min_p": 0.1}, {"top_k": 3}, {"top_p": 0.8, "top_k": 4}])
+@pytest.mark.parametrize(("top_p", "min_p", "top_k"), [(1, 0, 0), (0.7, 0, 0), (1, 0.1, 0), (1, 0, 3), (0.8, 0, 4)])
 @pytest.mark.parametrize("temperature", [0.6, 1.0])
-def test_draws_follow_the_filtered_distribution(temperature: float, options: dict[str, float]) -> None:
-    sampler = Sample(temperature, seed=1, **options)  # type: ignore[arg-type]
-    counts = np.bincount(_draws(sampler), minlength=V)
+def test_draws_follow_the_filtered_distribution(temperature: float, top_p: float, min_p: float, top_k: int) -> None:
+    counts = np.bincount(_draws(Sample(temperature, top_p, min_p, top_k, seed=1)), minlength=V)
     row = _logprobs()[None]
-    if "top_p" in options:
-        row = apply_top_p(row, options["top_p"])
-    if "min_p" in options:
-        row = apply_min_p(row, options["min_p"])
-    if "top_k" in options:
-        row = apply_top_k(row, options["top_k"])
+    row = apply_top_p(row, top_p) if top_p < 1 else row
+    row = apply_min_p(row, min_p) if min_p else row
+    row = apply_top_k(row, top_k) if top_k else row
     expected = DRAWS * np.array(mx.softmax(row[0] / temperature))
     assert (counts[expected == 0] == 0).all()
     likely = expected > 5

@@ -1,0 +1,161 @@
+"""The program as a user meets it: a process, its streams and its exit code."""
+
+import json
+import os
+import pty
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import FIXTURES
+
+VARIANT = str(FIXTURES / "gemma4_keqv")
+FIGURES = {
+    "text", "tokens", "prompt_tokens", "prompt_tps", "generation_tokens", "generation_tps", "ttft_s",
+    "finish_reason", "rounds", "tokens_per_round", "drafted", "accepted", "accepted_per_position", "draft_ms",
+    "verify_ms", "host_ms", "depth", "depth_reason", "memory", "model", "drafter", "versions",
+}  # fmt: skip
+
+
+def run(*arguments: str, stdin: str | bytes = "") -> subprocess.CompletedProcess[str]:
+    given = stdin.encode() if isinstance(stdin, str) else stdin
+    program = [str(Path(sys.executable).parent / "mtp-mlx"), *arguments]
+    done = subprocess.run(program, input=given, capture_output=True, timeout=120, check=False)
+    return subprocess.CompletedProcess(program, done.returncode, done.stdout.decode(), done.stderr.decode())
+
+
+def generate(*arguments: str, stdin: str | bytes = "") -> subprocess.CompletedProcess[str]:
+    options = arguments if "--model" in arguments else ("--model", VARIANT, *arguments)
+    return run("generate", *options, stdin=stdin)
+
+
+def figures(*arguments: str, stdin: str = "") -> dict[str, object]:
+    done = generate("--json", *arguments, stdin=stdin)
+    assert done.returncode == 0, done.stderr
+    answer: dict[str, object] = json.loads(done.stdout)
+    return answer
+
+
+def test_text_goes_to_stdout_and_the_table_to_stderr() -> None:
+    done = generate("def f(", "--max-tokens", "40", "--depth", "4")
+    assert done.returncode == 0
+    assert "\x1b" not in done.stdout and "tok/s" not in done.stdout
+    for word in (
+        "prompt",
+        "generated",
+        "first token",
+        "rounds",
+        "per position",
+        "draft",
+        "verify",
+        "host",
+        "memory",
+    ):
+        assert word in done.stderr
+    quiet = generate("def f(", "--max-tokens", "40", "--depth", "4", "--no-stats")
+    assert quiet.stdout == done.stdout and quiet.stderr == ""
+
+
+def test_json_is_one_object_with_every_figure() -> None:
+    answer = figures("def f(", "--max-tokens", "40", "--depth", "3")
+    assert answer.keys() == FIGURES
+    assert answer["memory"].keys() == {"target", "drafter", "cache", "peak"}  # type: ignore[attr-defined]
+    assert answer["versions"].keys() == {"mtp_mlx", "mlx", "mlx_lm", "python"}  # type: ignore[attr-defined]
+    assert len(answer["tokens"]) == answer["generation_tokens"]  # type: ignore[arg-type]
+    assert answer["drafter"] == f"{VARIANT}/assistant" and answer["model"] == VARIANT
+    assert answer["depth"] == 3 and answer["depth_reason"] == "set by the caller"
+
+
+def test_every_depth_writes_the_same_text() -> None:
+    texts = {generate("for i in", "-m", "40", "--no-stats", "--depth", d).stdout for d in ("0", "1", "7", "auto")}
+    assert len(texts) == 1
+    warm = ("--temp", "0.8", "--top-p", "0.9", "--min-p", "0.01", "--top-k", "50", "--seed", "5")
+    sampled = {generate("for i in", "-m", "40", "--no-stats", "--depth", d, *warm).stdout for d in ("0", "3")}
+    assert len(sampled) == 1 and sampled != texts
+
+
+def test_the_prompt_comes_from_standard_input() -> None:
+    piped = figures("--max-tokens", "5", stdin="Grüße, 世界")
+    assert piped["tokens"] == figures("Grüße, 世界", "--max-tokens", "5")["tokens"]
+    assert piped["tokens"] == figures("-", "--max-tokens", "5", stdin="Grüße, 世界")["tokens"]
+
+
+def test_the_chat_template_is_used_unless_told_otherwise() -> None:
+    chat, plain = (figures("hello", "-m", "1", *more) for more in ((), ("--ignore-chat-template",)))
+    assert chat["prompt_tokens"] > plain["prompt_tokens"]  # type: ignore[operator]
+
+
+def test_drafts_are_coloured_on_a_terminal() -> None:
+    leader, follower = pty.openpty()
+    program = [str(Path(sys.executable).parent / "mtp-mlx"), "generate", "--max-tokens", "30", "--depth", "4"]
+    environment = {**os.environ, "TERM": "xterm-256color"}
+    environment.pop("NO_COLOR", None)
+    with subprocess.Popen(
+        [*program, "def fibonacci(n):", "--show-drafts"], stdout=follower, stderr=follower, env=environment
+    ) as process:
+        os.close(follower)
+        shown = b""
+        while True:
+            try:
+                chunk = os.read(leader, 4096)
+            except OSError:
+                break
+            if not chunk:
+                break
+            shown += chunk
+    assert process.returncode == 0
+    for colour, name in ((b"\x1b[32m", b"accepted"), (b"\x1b[31m", b"correction")):
+        assert colour in shown and name in shown
+
+
+BAD: dict[str, tuple[Callable[[], subprocess.CompletedProcess[str]], str]] = {
+    "missing folder": (lambda: generate("x", "--model", "/nowhere/at/all"), "is not a folder"),
+    "folder without config": (lambda: generate("x", "--model", str(FIXTURES)), "no config.json"),
+    "drafter as model": (lambda: generate("x", "--model", VARIANT + "/assistant"), "is a drafter"),
+    "wrong drafter": (lambda: generate("x", "--drafter", str(FIXTURES / "gemma4_ple/assistant")), "KV heads"),
+    "missing drafter": (lambda: generate("x", "--drafter", "./nowhere"), "is not a folder"),
+    "empty prompt": (lambda: generate(""), "prompt is empty"),
+    "empty standard input": (lambda: generate(stdin=""), "prompt is empty"),
+    "binary standard input": (lambda: generate(stdin=b"\xff\xfe\x00"), "not UTF-8"),
+    "prompt over the context": (lambda: generate("word " * 2000), "context is 1024"),
+    "no tokens wanted": (lambda: generate("x", "--max-tokens", "0"), "max tokens is 0"),
+    "negative tokens": (lambda: generate("x", "--max-tokens", "-5"), "max tokens is -5"),
+    "depth is a word": (lambda: generate("x", "--depth", "fast"), "--depth fast"),
+    "depth is negative": (lambda: generate("x", "--depth", "-1"), "negative"),
+    "depth is huge": (lambda: generate("x", "--depth", "400"), "limit"),
+    "depth without drafter": (lambda: generate("x", "--depth", "4", "--drafter", "none"), "needs a drafter"),
+    "temperature": (lambda: generate("x", "--temp", "-1"), "temperature"),
+    "top-p": (lambda: generate("x", "--temp", "1", "--top-p", "2"), "top-p"),
+    "dtype": (lambda: generate("x", "--dtype", "int3"), "--dtype int3"),
+    "prefill step": (lambda: generate("x", "--prefill-step-size", "0"), "prefill step size"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_clear_line_and_exit_1(case: str) -> None:
+    call, message = BAD[case]
+    done = call()
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.startswith("mtp-mlx: ") and done.stderr.count("\n") == 1
+    assert message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_wrong_usage_is_exit_2() -> None:
+    done = generate("x", "--no-such-option")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+
+
+def test_help_and_version() -> None:
+    assert "generate" in run("--help").stdout
+    assert "--show-drafts" in run("generate", "--help").stdout
+    assert run("--version").stdout.startswith("mtp-mlx 0.")
+
+
+def test_a_reader_that_goes_away_is_not_an_error_message() -> None:
+    program = Path(sys.executable).parent / "mtp-mlx"
+    command = f"'{program}' generate --model '{VARIANT}' 'x' --max-tokens 200 --no-stats | head -c 1"
+    done = subprocess.run(["/bin/sh", "-c", command], capture_output=True, timeout=120, check=False)
+    assert b"Traceback" not in done.stderr and b"Error" not in done.stderr

@@ -1,0 +1,68 @@
+"""The built-in pair: real text, real acceptance, and the same tokens with and without drafts."""
+
+import json
+from pathlib import Path
+
+import pytest
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+import mtp_mlx
+from mtp_mlx.loading import DEMO_FOLDER
+
+HELD_OUT = Path(__file__).parent.parent / "bench" / "demo" / "heldout.json"
+PROMPTS = 21
+TOKENS = 200
+
+
+def _prompts() -> list[str]:
+    """Evenly spread over the file, which goes from short prompts to ones far above the window."""
+    texts = [entry["text"] for entry in json.loads(HELD_OUT.read_text())]
+    return [texts[i * len(texts) // PROMPTS] for i in range(PROMPTS)]
+
+
+@pytest.fixture(scope="module")
+def demo() -> tuple[mtp_mlx.Pair, TokenizerWrapper]:
+    return mtp_mlx.load()
+
+
+def test_the_prompts_lie_below_across_and_far_above_the_window(
+    demo: tuple[mtp_mlx.Pair, TokenizerWrapper],
+) -> None:
+    pair, tokenizer = demo
+    window = pair.target.config.sliding_window  # type: ignore[attr-defined]
+    lengths = [len(tokenizer.encode(prompt)) for prompt in _prompts()]
+    assert sum(length + TOKENS > window > length for length in lengths) >= 5
+    assert sum(length > 2 * window for length in lengths) >= 5
+    assert min(lengths) < window / 2
+
+
+@pytest.mark.parametrize("number", range(PROMPTS))
+def test_greedy_text_is_the_same_with_and_without_drafts(
+    number: int, demo: tuple[mtp_mlx.Pair, TokenizerWrapper]
+) -> None:
+    pair, tokenizer = demo
+
+    def tokens(depth: int) -> list[int]:
+        run = mtp_mlx.stream_generate(pair, tokenizer, _prompts()[number], max_tokens=TOKENS, depth=depth)
+        return [response.token for response in run]
+
+    plain = tokens(0)
+    assert tokens(4) == plain
+    assert len(plain) > 10
+
+
+def test_the_assistant_is_worth_having(demo: tuple[mtp_mlx.Pair, TokenizerWrapper]) -> None:
+    pair, tokenizer = demo
+    generated = rounds = 0
+    for prompt in _prompts()[::3]:
+        last = list(mtp_mlx.stream_generate(pair, tokenizer, prompt, max_tokens=80, depth=4))[-1]
+        generated, rounds = generated + last.stats.generation_tokens, rounds + last.stats.rounds
+    assert generated / rounds > 2.3, "the figure over all prompts is in the model card; this sample is small"
+
+
+def test_the_pair_is_small_and_has_a_card() -> None:
+    size = sum(path.stat().st_size for path in DEMO_FOLDER.rglob("*") if path.is_file())
+    assert size < 20e6
+    card = (DEMO_FOLDER / "README.md").read_text()
+    for word in ("licence", "tokens per round", "loss", "sympy"):
+        assert word.lower() in card.lower()
