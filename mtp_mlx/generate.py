@@ -9,6 +9,7 @@ from typing import Literal, cast
 import mlx.core as mx
 from mlx_lm.generate import GenerationResponse
 from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.utils import maybe_set_recommended_wired_limit
 
 from mtp_mlx.depth import choose_depth
 from mtp_mlx.errors import RequestError
@@ -186,10 +187,10 @@ def _ignore(done: int, total: int) -> None:
 @contextmanager
 def _wired() -> Iterator[None]:
     """Keep the weights resident on a Mac while generating; the limit goes back to what it was."""
-    if not mx.metal.is_available():
+    before = maybe_set_recommended_wired_limit()
+    if before is None:  # not a Mac
         yield
         return
-    before = mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
     try:
         yield
     finally:

@@ -108,7 +108,7 @@ def choose_drafter(model: str, folder: Path, drafter: str | None) -> tuple[str |
     inside = folder / ASSISTANT_FOLDER
     if inside.is_dir():
         return str(inside), "lies in the target's folder"
-    if not Path(model).exists() and model.startswith("google/gemma-4-"):
+    if not Path(model).exists() and model.startswith("google/gemma-4-") and model.endswith("-it"):
         return f"{model}-assistant", "released together with the target"
     return None, f"no drafter is known for {model}: plain decoding; name one with --drafter"
 

@@ -10,7 +10,7 @@ from mtp_mlx.errors import RequestError
 from mtp_mlx.sampling import Greedy, Sample, Sampler, choose_sampler
 
 V = 12
-DRAWS = 20_000
+DRAWS = 4_000
 
 
 def _logprobs() -> mx.array:
