@@ -92,7 +92,7 @@ def command(
             prompt_progress_callback=progress,
         )
         if as_json:
-            _print_json(list(responses), loaded)
+            _print_json(responses, loaded)
         else:
             _print_text(responses, show_drafts, stats)
 
@@ -140,21 +140,25 @@ def _in_chat_template(tokenizer: TokenizerWrapper, prompt: str) -> str | list[in
 
 def _print_text(responses: Iterator[Response], show_drafts: bool, with_stats: bool) -> None:
     writer = Writer(show_drafts)
-    last: Response | None = None
     for response in responses:
         writer.write(response.text, response.origin)
         last = response
     writer.finish()
-    assert last is not None, "a generation has at least one token"
     if with_stats:
         stats_table(last, show_drafts)
 
 
-def _print_json(responses: list[Response], loaded: Loaded) -> None:
-    last = responses[-1]
+def _print_json(responses: Iterator[Response], loaded: Loaded) -> None:
+    texts: list[str] = []
+    tokens: list[int] = []
+    # The responses themselves are not kept: each holds a row of log-probabilities.
+    for response in responses:
+        texts.append(response.text)
+        tokens.append(response.token)
+        last = response
     answer: dict[str, Any] = {
-        "text": "".join(response.text for response in responses),
-        "tokens": [response.token for response in responses],
+        "text": "".join(texts),
+        "tokens": tokens,
         **last.stats.figures(),
         "finish_reason": last.finish_reason,
         "model": loaded.target,
