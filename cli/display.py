@@ -8,6 +8,7 @@ from types import TracebackType
 from rich import progress as bars
 from rich.color import ColorSystem
 from rich.console import Console
+from rich.markup import escape
 from rich.style import Style
 from rich.table import Table
 
@@ -33,7 +34,7 @@ def note(message: str) -> None:
 @contextmanager
 def loading(model: str) -> Iterator[None]:
     """Shows that a model is being loaded, on a terminal."""
-    with _stderr.status(f"loading {model}"):
+    with _stderr.status(escape(f"loading {model}")):
         yield
 
 
@@ -78,7 +79,8 @@ class Writer:
     """Streams text to stdout; in colour only where a terminal shows it."""
 
     def __init__(self, show_drafts: bool):
-        self._coloured = show_drafts and Console().color_system is not None
+        console = Console()
+        self._coloured = show_drafts and console.color_system is not None and not console.no_color
         self._at_line_start = True
 
     def write(self, text: str, origin: Origin) -> None:

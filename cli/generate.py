@@ -9,11 +9,12 @@ from typing import Annotated, Any
 
 import mlx.core as mx
 import typer
+from jinja2 import TemplateError
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mtp_mlx.cli.display import Progress, Writer, loading, note, stats_table
-from mtp_mlx.errors import RequestError
-from mtp_mlx.generate import DEFAULT_MAX_TOKENS, DEFAULT_PREFILL_STEP, Response, stream_generate
+from mtp_mlx.errors import CheckpointError, RequestError
+from mtp_mlx.generate import DEFAULT_MAX_TOKENS, DEFAULT_PREFILL_STEP, Response, check_text, stream_generate
 from mtp_mlx.loading import DEMO, Loaded, load_pair
 from mtp_mlx.sampling import choose_sampler
 
@@ -24,8 +25,7 @@ import unittest
 class TestStack(unittest.TestCase):
     """Tests of a stack."""
 
-    def test_push(self):
-'''
+    def test_push(self):'''
 
 
 def command(
@@ -119,7 +119,10 @@ def parse_dtype(name: str) -> mx.Dtype | None:
 
 def _read_prompt(prompt: str | None, model: str) -> str:
     if prompt is not None and prompt != "-":
+        check_text(prompt)
         return prompt
+    if sys.stdin is None:
+        raise RequestError("no prompt, and standard input is closed; give the prompt as an argument")
     if prompt is None and sys.stdin.isatty():
         if model != DEMO:
             raise RequestError("no prompt; give one as an argument or on standard input")
@@ -134,7 +137,12 @@ def _read_prompt(prompt: str | None, model: str) -> str:
 def _in_chat_template(tokenizer: TokenizerWrapper, prompt: str) -> str | list[int]:
     if not tokenizer.has_chat_template or not prompt:
         return prompt
-    ids: list[int] = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True)
+    try:
+        ids: list[int] = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True
+        )
+    except (TemplateError, TypeError, ValueError) as error:
+        raise CheckpointError(f"the model's chat template fails ({error}); try --ignore-chat-template") from error
     return ids
 
 

@@ -40,6 +40,8 @@ def options(
 
 def main() -> None:
     """Run a command. Exit codes: 0 done, 1 an error the user can act on, 2 wrong usage, 70 a fault of ours."""
+    if sys.stdout is None:
+        _fail("standard output is closed; there is nowhere to write the text", 1)
     try:
         app()
     except MTPError as error:
@@ -48,6 +50,8 @@ def main() -> None:
         # The reader of a pipe has gone; there is nobody left to tell.
         sys.stderr.close()
         sys.exit(1)
+    except OSError as error:
+        _fail(f"{error.strerror or error}", 1)
     except Exception as error:
         with tempfile.NamedTemporaryFile("w", prefix="mtp-mlx-", suffix=".log", delete=False) as log:
             traceback.print_exc(file=log)

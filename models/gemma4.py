@@ -5,7 +5,7 @@ gemma4_text, so that weights can be handed over.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import mlx.core as mx
@@ -22,6 +22,21 @@ FULL = "full_attention"
 _ROPE: dict[str, dict[str, Any]] = {
     SLIDING: {"rope_type": "default", "rope_theta": 10_000.0},
     FULL: {"rope_type": "proportional", "rope_theta": 1_000_000.0, "partial_rotary_factor": 0.25},
+}
+
+_MAY_BE_ZERO = {
+    "num_kv_shared_layers",
+    "per_layer_width",
+    "per_layer_vocab",
+    "num_experts",
+    "top_k_experts",
+    "moe_intermediate_size",
+}
+# What a config may say without changing the network, the default first.
+_ONLY: dict[str, tuple[Any, ...]] = {
+    "hidden_activation": ("gelu_pytorch_tanh",),
+    "use_bidirectional_attention": (None, "vision"),  # "vision" is about image tokens
+    "attention_bias": (False, None),
 }
 
 
@@ -60,6 +75,9 @@ class TextConfig:
         text: Mapping[str, Any] = config.get("text_config") or config
         unified = "unified" in str(config.get("model_type")) + str(text.get("model_type"))
         kinds = _layer_types(text)
+        for name, known in _ONLY.items():
+            if text.get(name, known[0]) not in known:
+                raise ValueError(f"{name} is {text[name]!r}, only {' and '.join(map(repr, known))} can be computed")
         head_dims, kv_heads = _per_layer(text, kinds)
         return cls(
             hidden_size=text["hidden_size"],
@@ -85,6 +103,29 @@ class TextConfig:
             moe_intermediate_size=text.get("moe_intermediate_size") or 0,
         )
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for a value that no network can be built from."""
+        values = vars(self)
+        for entry in fields(self):
+            value = values[entry.name]
+            if entry.type is bool and not isinstance(value, bool):
+                raise ValueError(f"{entry.name} is {value!r}, expected true or false")
+            least = 0 if entry.name in _MAY_BE_ZERO else 1
+            if entry.type is int and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+                raise ValueError(f"{entry.name} is {value!r}, expected a whole number of at least {least}")
+        for name in ("head_dims", "kv_heads"):
+            if not all(isinstance(value, int) and value > 0 for value in values[name]):
+                raise ValueError(f"{name} are {values[name]}, expected whole numbers above 0")
+        if any(self.num_attention_heads % heads for heads in self.kv_heads):
+            raise ValueError(f"{self.num_attention_heads} heads cannot share {sorted(set(self.kv_heads))} KV heads")
+        if self.num_kv_shared_layers > len(self.layer_types):
+            raise ValueError(f"{self.num_kv_shared_layers} of {len(self.layer_types)} layers cannot share keys")
+        if self.num_experts and not 0 < self.top_k_experts <= self.num_experts:
+            raise ValueError(f"top_k_experts is {self.top_k_experts}, with {self.num_experts} experts")
+        cap = self.final_logit_softcapping
+        if not (self.rms_norm_eps > 0 and (cap is None or cap > 0)):
+            raise ValueError(f"rms_norm_eps is {self.rms_norm_eps} and final_logit_softcapping {cap}")
+
     @property
     def first_shared(self) -> int:
         """Index of the first layer that has no keys and values of its own."""
@@ -99,6 +140,8 @@ def _layer_types(text: Mapping[str, Any]) -> tuple[str, ...]:
     count = text["num_hidden_layers"]
     given = text.get("layer_types")
     if given is not None:
+        if len(given) != count or not set(given) <= {SLIDING, FULL}:
+            raise ValueError(f"layer_types must be {count} times {SLIDING} or {FULL}, as num_hidden_layers says")
         return tuple(given)
     return tuple(FULL if (i + 1) % 6 == 0 or i + 1 == count else SLIDING for i in range(count))
 
@@ -359,6 +402,9 @@ class Model(nn.Module):
 
     def __init__(self, config: TextConfig):
         super().__init__()
+        kinds = config.layer_types
+        if not kinds or not set(kinds) <= set(kinds[: config.first_shared]):
+            raise ValueError(f"the last {config.num_kv_shared_layers} of {len(kinds)} layers share keys nobody has")
         self.config = config
         self.context = config.max_position_embeddings
         self.vocabulary = config.vocab_size
@@ -430,12 +476,12 @@ def rename(name: str) -> str:
 
 def _is_ballast(name: str, config: TextConfig) -> bool:
     """Tensors that some checkpoints carry and nothing needs."""
-    parts = name.split(".")
+    parts = [*name.split("."), "", ""]
     if parts[0] == "lm_head":
         return config.tie_word_embeddings
     if "rotary_emb" in parts:
         return True
-    shared = parts[:2] == ["model", "layers"] and int(parts[2]) >= config.first_shared
+    shared = parts[:2] == ["model", "layers"] and parts[2].isdigit() and int(parts[2]) >= config.first_shared
     return shared and any(part in parts for part in ("k_proj", "v_proj", "k_norm"))
 
 

@@ -25,6 +25,16 @@ class Config:
     num_centroids: int
     centroid_intermediate_top_k: int
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for a value that no network can be built from."""
+        if not (isinstance(self.backbone_hidden_size, int) and self.backbone_hidden_size > 0):
+            raise ValueError(f"backbone_hidden_size is {self.backbone_hidden_size!r}, expected a whole number above 0")
+        if not isinstance(self.use_ordered_embeddings, bool):
+            raise ValueError(f"use_ordered_embeddings is {self.use_ordered_embeddings!r}, expected true or false")
+        groups, top_k = self.num_centroids, self.centroid_intermediate_top_k
+        if self.use_ordered_embeddings and not (0 < top_k <= groups and self.text.vocab_size % groups == 0):
+            raise ValueError(f"{top_k} of {groups} centroids do not fit a vocabulary of {self.text.vocab_size}")
+
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "Config":
         """Read a config.json. Raises KeyError with the name of a key that has no default."""
@@ -146,6 +156,7 @@ class Assistant:
     target: Gemma4
     position_offset: int = 0
     limit: int = MAX_BLOCK - 1
+    reads_prompt: bool = False  # its state is the hidden of one token
 
     @property
     def nbytes(self) -> int:
@@ -188,6 +199,12 @@ class Assistant:
 
 def _no_tokens(last: mx.array) -> mx.array:
     return mx.zeros((last.shape[0], 0), mx.int32)
+
+
+def check_ordering(ordering: mx.array) -> None:
+    """Raises ValueError unless the ordered head's table names every token once; MLX reads beyond tables unasked."""
+    if not mx.array_equal(mx.sort(ordering), mx.arange(ordering.size)):
+        raise ValueError("masked_embedding.token_ordering is not a permutation of the vocabulary")
 
 
 def mismatches(drafter: Config, target: TextConfig) -> list[str]:

@@ -2,8 +2,8 @@
 
 The target chooses a token at every row of the block as it would have done in plain decoding. A draft is kept
 while it equals that choice; the first choice that differs, or the one after the last draft, is the target's
-own token. Whatever the drafter proposes, the emitted tokens are the target's. See "sample and match" in
-Leviathan et al. 2023 (arXiv 2211.17192) for the family; with a greedy sampler it is its temperature-0 case.
+own token. Whatever the drafter proposes, the emitted tokens are the target's own choices, so nothing is lost.
+At temperature 0 this is speculative decoding as in Leviathan et al. 2023 (arXiv 2211.17192).
 """
 
 import mlx.core as mx

@@ -66,10 +66,16 @@ class _Buffers:
     keys: mx.array | None = None
     values: mx.array | None = None
 
+    def grow(self, capacity: int) -> None:
+        """Enlarge at once: a drafter reads the buffers, with masks of the new size, before the next write."""
+        self.capacity = capacity
+        if self.keys is not None and self.values is not None:
+            self.keys, self.values = _enlarged(self.keys, capacity), _enlarged(self.values, capacity)
+
     def room_for(self, keys: mx.array, values: mx.array) -> Visible:
-        """The buffers, allocated or enlarged to the present capacity."""
-        self.keys = _enlarged(self.keys, keys, self.capacity)
-        self.values = _enlarged(self.values, values, self.capacity)
+        """The buffers, allocated to fit rows like these if there are none yet."""
+        if self.keys is None or self.values is None:
+            self.keys, self.values = _empty(keys, self.capacity), _empty(values, self.capacity)
         return Visible(self.keys, self.values)
 
     def scatter(self, keys: mx.array, values: mx.array, slots: mx.array) -> Visible:
@@ -88,15 +94,14 @@ class _Buffers:
         return [array for array in (self.keys, self.values) if array is not None]
 
 
-def _enlarged(buffer: mx.array | None, rows: mx.array, capacity: int) -> mx.array:
-    """The buffer with `capacity` slots; zeros where there is none yet."""
+def _empty(rows: mx.array, capacity: int) -> mx.array:
+    """A buffer of `capacity` slots for rows like these."""
     batch, heads, _, size = rows.shape
-    if buffer is None:
-        return mx.zeros((batch, heads, capacity, size), rows.dtype)
-    missing = capacity - buffer.shape[2]
-    if missing <= 0:
-        return buffer
-    return mx.concatenate([buffer, mx.zeros((batch, heads, missing, size), buffer.dtype)], axis=2)
+    return mx.zeros((batch, heads, capacity, size), rows.dtype)
+
+
+def _enlarged(buffer: mx.array, capacity: int) -> mx.array:
+    return mx.concatenate([buffer, _empty(buffer, capacity - buffer.shape[2])], axis=2)
 
 
 class FullCache:
@@ -106,7 +111,7 @@ class FullCache:
         self._buffers = _Buffers(SMALLEST)
 
     def reserve(self, rows: int) -> None:
-        self._buffers.capacity = rows
+        self._buffers.grow(rows)
 
     def write(self, keys: mx.array, values: mx.array, span: Span) -> Visible:
         if isinstance(span.start, int):

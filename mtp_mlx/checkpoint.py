@@ -27,10 +27,13 @@ class Checkpoint:
     @classmethod
     def open(cls, folder: Path) -> "Checkpoint":
         """Raises CheckpointError for a folder that is missing or has no readable config.json."""
-        if not folder.is_dir():
-            raise CheckpointError(f"{folder} is not a folder; give the folder that holds config.json")
-        if not (folder / "config.json").is_file():
-            raise CheckpointError(f"{folder} has no config.json; give the folder of a model checkpoint")
+        try:
+            if not folder.is_dir():
+                raise CheckpointError(f"{folder} is not a folder; give the folder that holds config.json")
+            if not (folder / "config.json").is_file():
+                raise CheckpointError(f"{folder} has no config.json; give the folder of a model checkpoint")
+        except OSError as error:
+            raise CheckpointError(f"{str(folder)[:200]} cannot be opened: {error.strerror}") from error
         return cls(folder, _read_json(folder / "config.json"))
 
     @property
@@ -45,14 +48,20 @@ class Checkpoint:
         for place in places:
             ids = place.get("eos_token_id")
             if ids is not None:
-                return [ids] if isinstance(ids, int) else list(ids)
+                found = ids if isinstance(ids, list) else [ids]
+                if not all(isinstance(token, int) for token in found):
+                    raise CheckpointError(f"{self.folder} has eos_token_id {ids!r}; expected token ids")
+                return found
         return None
 
     def shards(self) -> list[Path]:
         """The weight files, each with a readable header and its full length."""
         index = self.folder / INDEX
         if index.is_file():
-            names = sorted(set(_read_json(index).get("weight_map", {}).values()))
+            shards = _object(_read_json(index).get("weight_map"), f"weight_map of {index}").values()
+            if not all(isinstance(name, str) and name.endswith(".safetensors") for name in shards):
+                raise CheckpointError(f"{index} names weight files that are not safetensors; only those are read")
+            names = sorted(set(shards))
         else:
             names = sorted(path.name for path in self.folder.glob("model*.safetensors"))
         if not names:
@@ -67,7 +76,10 @@ class Checkpoint:
         """Every tensor by name, read lazily."""
         found: dict[str, mx.array] = {}
         for shard in self.shards():
-            loaded = mx.load(str(shard))
+            try:
+                loaded = mx.load(str(shard))
+            except (RuntimeError, ValueError) as error:
+                raise CheckpointError(f"MLX cannot read {shard}: {error}") from error
             assert isinstance(loaded, dict)
             found.update(loaded)
         return found
@@ -83,7 +95,10 @@ class Checkpoint:
         `dtype` recasts the floating-point ones. Raises CheckpointError for missing, unknown or misshapen
         tensors, and for a dtype that this machine cannot compute with.
         """
-        weights = sanitize(self.tensors())
+        try:
+            weights = sanitize(self.tensors())
+        except ValueError as error:
+            raise CheckpointError(f"{self.folder} holds a tensor of an unexpected shape: {error}") from error
         quantise_like(model, weights, self.quantization(), self.folder)
         self._check_names(model, weights)
         model.load_weights(list(weights.items()))
@@ -97,14 +112,17 @@ class Checkpoint:
         """The quantisation of an MLX checkpoint. Raises CheckpointError for another toolkit's format."""
         ours = self.config.get("quantization")
         if ours is not None:
-            return dict(ours)
-        theirs = self.config.get("quantization_config")
-        if theirs is not None and "quant_method" in theirs:
+            return _object(ours, f"quantization in {self.folder}")
+        given = self.config.get("quantization_config")
+        if given is None:
+            return None
+        theirs = _object(given, f"quantization_config in {self.folder}")
+        if "quant_method" in theirs:
             raise CheckpointError(
                 f"{self.folder} is quantised with {theirs['quant_method']!r}; use an MLX conversion or the "
                 "original bfloat16 checkpoint"
             )
-        return None if theirs is None else dict(theirs)
+        return theirs
 
     def _check_names(self, model: nn.Module, weights: Mapping[str, mx.array]) -> None:
         wanted: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
@@ -120,6 +138,12 @@ class Checkpoint:
                 "config belongs to another model, or the format is newer than this program"
             )
         for name, array in weights.items():
+            floats = [mx.issubdtype(a.dtype, mx.floating) for a in (array, wanted[name])]
+            if floats[0] != floats[1]:
+                raise CheckpointError(
+                    f"{self.folder}: {name} is {array.dtype}, expected {wanted[name].dtype}; if these weights are "
+                    "quantised, use an MLX conversion"
+                )
             if array.shape != wanted[name].shape:
                 raise CheckpointError(
                     f"{self.folder}: {name} has shape {array.shape}, its config means {wanted[name].shape}"
@@ -155,7 +179,7 @@ def quantise_like(
 
     try:
         nn.quantize(model, class_predicate=choice)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise CheckpointError(f"{folder}: this MLX cannot read its quantisation {default}: {error}") from error
 
 
@@ -166,8 +190,10 @@ def _check_file(path: Path) -> None:
     if not path.is_file():
         raise CheckpointError(f"{path} is missing though the checkpoint's index names it; download it again")
     try:
-        with safe_open(path, framework="numpy"):
+        with path.open("rb"), safe_open(path, framework="numpy"):
             pass
+    except PermissionError as error:
+        raise CheckpointError(f"{path} may not be read: {error.strerror}") from error
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is damaged or cut short ({error}); download it again") from error
 
@@ -175,11 +201,15 @@ def _check_file(path: Path) -> None:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a JSON {type(content).__name__}, expected an object")
-    return content
+    return _object(content, str(path))
+
+
+def _object(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{where} is a JSON {type(value).__name__}, expected an object")
+    return value
 
 
 def _some(names: list[str]) -> str:

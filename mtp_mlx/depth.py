@@ -15,6 +15,7 @@ TRIAL = 4  # depth of the first trial and of later probes while drafting is off
 SAMPLES = 3  # rounds at each depth before it is judged, the first of them not counted
 PRIOR = 8  # drafts that the expectation from the position before is worth
 GAIN = 1.03  # a change must promise at least this
+FORGET_AFTER = 128  # rounds
 PROBE_AFTER, PROBE_AT_MOST = 32, 512  # rounds between probes of the depths not in use, doubling
 
 
@@ -58,9 +59,10 @@ class Cost:
 
     seen: int = 0
     seconds: float = 0.0
+    latest: int = 0  # number of the round that was last measured
 
-    def add(self, seconds: float) -> None:
-        self.seen += 1
+    def add(self, seconds: float, number: int) -> None:
+        self.seen, self.latest = self.seen + 1, number
         if self.seen <= 2:
             self.seconds = seconds
         elif self.seen <= SAMPLES:
@@ -82,6 +84,7 @@ class Measured:
     plan: list[int] = field(default_factory=list)  # depths still to be tried, next one last
     wait: int = PROBE_AFTER
     since_probe: int = 0
+    number: int = 0  # rounds so far
 
     def __post_init__(self) -> None:
         trial = min(TRIAL, self.deepest)
@@ -91,7 +94,8 @@ class Measured:
         return self.plan[-1] if self.plan else self.k
 
     def observe(self, drafted: int, accepted: int, seconds: float) -> None:
-        self.costs.setdefault(drafted, Cost()).add(seconds)
+        self.number += 1
+        self.costs.setdefault(drafted, Cost()).add(seconds, self.number)
         self._count(drafted, accepted)
         if self.plan:
             self.plan.pop()
@@ -135,7 +139,7 @@ class Measured:
 
     def seconds(self, k: int) -> float:
         """Cost of a round with k drafts, on the line through the nearest depths measured where k itself was not."""
-        known = sorted(depth for depth, cost in self.costs.items() if cost.seen > 1)
+        known = sorted(depth for depth, cost in self.costs.items() if cost.seen > 1 and self._trusted(depth, cost))
         if k in known:
             return self.costs[k].seconds
         if len(known) < 2:
@@ -144,6 +148,11 @@ class Measured:
         high = min(depth for depth in known if depth > low)
         slope = (self.costs[high].seconds - self.costs[low].seconds) / (high - low)
         return self.costs[low].seconds + slope * (k - low)
+
+    def _trusted(self, depth: int, cost: Cost) -> bool:
+        """A figure that nothing will ever renew is forgotten: one hiccup must not rule a depth out for good."""
+        renewed = depth in (0, self.k, min(TRIAL, self.deepest))
+        return renewed or self.number - cost.latest <= FORGET_AFTER
 
     def tokens_per_second(self, k: int) -> float:
         return self.tokens_per_round(k) / max(self.seconds(k), 1e-9)
@@ -163,7 +172,7 @@ def choose_depth(depth: int | str, limit: int) -> Depth:
     """The policy a user means by a number or "auto". Raises RequestError for anything else."""
     if depth == "auto":
         return Measured(min(DEEPEST, limit)) if limit else Fixed(0, "no drafter")
-    if isinstance(depth, str | bool):
+    if not isinstance(depth, int) or isinstance(depth, bool):
         raise RequestError(f'depth {depth!r} is neither "auto" nor a number of drafts')
     if depth < 0:
         raise RequestError(f"depth {depth} is negative; give 0 to turn drafting off")

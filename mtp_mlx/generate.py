@@ -69,7 +69,7 @@ def stream_generate(
         sequence = Sequence(pair, sampler or Greedy())
         sequence.prefill(ids, prefill_step_size, progress)
         memory = Memory(target=pair.target.nbytes, drafter=pair.drafter.nbytes)
-        stats = Stats(len(ids), prompt_seconds=time.perf_counter() - began, memory=memory)
+        stats = Stats(len(ids), memory=memory)
         emitter = _Emitter(tokenizer, budget)
         for whole in rounds(sequence, policy, budget):
             if not stats.rounds:
@@ -147,17 +147,30 @@ def generate(pair: Pair, tokenizer: TokenizerWrapper, prompt: Prompt, verbose: b
 def encode(tokenizer: TokenizerWrapper, prompt: Prompt) -> list[int]:
     """Token ids of a prompt. Special tokens are added unless the text begins with BOS, as in mlx-lm."""
     if isinstance(prompt, mx.array):
+        if prompt.ndim != 1:
+            raise RequestError(f"the prompt is an array of shape {prompt.shape}; give one row of token ids")
         return cast(list[int], prompt.tolist())
     if isinstance(prompt, str):
+        check_text(prompt)
         bare = tokenizer.bos_token is None or not prompt.startswith(tokenizer.bos_token)
         ids: list[int] = tokenizer.encode(prompt, add_special_tokens=bare) if prompt else []
         return ids
     return prompt
 
 
+def check_text(prompt: str) -> None:
+    """Raises RequestError for text that came from bytes that are no UTF-8; tokenizers cannot take it."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(f"the prompt is not text that UTF-8 can hold ({error.reason})") from None
+
+
 def check_tokens(ids: list[int], vocabulary: int) -> None:
     """Raises RequestError for an id that is not in the model's vocabulary; MLX would read beyond the table."""
     for token in ids:
+        if not isinstance(token, int):
+            raise RequestError(f"the prompt holds {token!r}; give text or whole token ids")
         if not 0 <= token < vocabulary:
             raise RequestError(
                 f"the prompt holds token {token}, the model's vocabulary ends at {vocabulary - 1}; the tokenizer "
@@ -167,6 +180,8 @@ def check_tokens(ids: list[int], vocabulary: int) -> None:
 
 def check_lengths(prompt_tokens: int, max_tokens: int, context: int) -> int:
     """How many tokens may be generated. Raises RequestError where the answer is none."""
+    if not isinstance(max_tokens, int):
+        raise RequestError(f"max tokens is {max_tokens!r}; give a whole number")
     if prompt_tokens == 0:
         raise RequestError("the prompt is empty; give some text or at least one token")
     if prompt_tokens >= context:

@@ -5,6 +5,7 @@ The only module that knows architectures by name. A new one is a file in models/
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,7 +16,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_tokenizer
 
 from mtp_mlx.checkpoint import Checkpoint
-from mtp_mlx.errors import CheckpointError, PairError
+from mtp_mlx.errors import CheckpointError, PairError, RequestError
 from mtp_mlx.models import gemma4, gemma4_assistant
 from mtp_mlx.ngram import NoDrafter
 from mtp_mlx.types import Drafter, Pair
@@ -56,6 +57,8 @@ def _gemma4_drafter(checkpoint: Checkpoint, dtype: mx.Dtype | None, target: gemm
         )
     network = _built(lambda _: gemma4_assistant.Model(config), checkpoint)
     checkpoint.fill(network, network.sanitize, dtype)
+    if config.use_ordered_embeddings:
+        _built(lambda _: gemma4_assistant.check_ordering(network.masked_embedding.token_ordering), checkpoint)
     return gemma4_assistant.Assistant(network, target)
 
 
@@ -88,14 +91,18 @@ def load(
 
 def load_pair(model: str = DEMO, drafter: str | None = "auto", dtype: mx.Dtype | None = None) -> Loaded:
     """As `load`, with the names of both parts and the reason for the choice of drafter."""
+    if dtype is not None and not mx.issubdtype(dtype, mx.floating):
+        raise RequestError(f"weights cannot be {dtype}; give a floating-point type such as mx.float32")
     folder = find(model)
     checkpoint = Checkpoint.open(folder)
     build = _TARGETS.get(checkpoint.model_type)
     if build is None:
         raise CheckpointError(_unknown_target(checkpoint))
     chosen, reason = choose_drafter(model, folder, drafter)
+    # Before the target, which may take minutes: a mistyped drafter should be known at once.
+    build_drafter = None if chosen is None else _drafter_builder(find(chosen))
     target = build(checkpoint, dtype)
-    assistant: Drafter = NoDrafter() if chosen is None else _load_drafter(find(chosen), dtype, target)
+    assistant: Drafter = NoDrafter() if build_drafter is None else build_drafter(dtype, target)
     return Loaded(Pair(target, assistant), _tokenizer(checkpoint), model, chosen, reason)
 
 
@@ -117,15 +124,16 @@ def find(name: str) -> Path:
     """The folder of a model given as folder, hub id or "demo"; what is not on disk yet is downloaded."""
     if name == DEMO:
         return DEMO_FOLDER
-    if Path(name).exists() or not _is_hub_id(name):
+    if not name:
+        raise CheckpointError("the name of a model is empty; give a folder, a hub id or 'demo'")
+    if not _is_hub_id(name) or Path(name).exists():
         return Path(name).expanduser()
     try:
         return Path(snapshot_download(name, allow_patterns=_FILES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        first = str(error).strip().splitlines()[0]
         raise CheckpointError(
-            f"{name} is neither a folder here nor a model that the hub would give ({first}); check the name, "
-            "your connection and, for a gated model, that you are logged in"
+            f"{name} is neither a folder here nor a model that the hub would give ({_first_line(error)}); check "
+            "the name, your connection and, for a gated model, that you are logged in"
         ) from error
 
 
@@ -134,7 +142,7 @@ def _is_hub_id(name: str) -> bool:
     return len(parts) == 2 and all(parts) and not name.startswith((".", "/", "~"))
 
 
-def _load_drafter(folder: Path, dtype: mx.Dtype | None, target: gemma4.Model) -> Drafter:
+def _drafter_builder(folder: Path) -> Callable[[mx.Dtype | None, gemma4.Model], Drafter]:
     checkpoint = Checkpoint.open(folder)
     build = _DRAFTERS.get(checkpoint.model_type)
     if build is None:
@@ -142,7 +150,7 @@ def _load_drafter(folder: Path, dtype: mx.Dtype | None, target: gemma4.Model) ->
             f"{folder} has model_type {checkpoint.model_type!r}, which is not a drafter; known drafters: "
             f"{', '.join(sorted(_DRAFTERS))}"
         )
-    return build(checkpoint, dtype, target)
+    return partial(build, checkpoint)
 
 
 def _unknown_target(checkpoint: Checkpoint) -> str:
@@ -160,8 +168,8 @@ def _built(build: Callable[[Mapping[str, Any]], Built], checkpoint: Checkpoint) 
         return build(checkpoint.config)
     except KeyError as error:
         raise CheckpointError(f"{checkpoint.folder / 'config.json'} lacks the entry {error}") from error
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{checkpoint.folder / 'config.json'} cannot be used: {error}") from error
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise CheckpointError(f"{checkpoint.folder} cannot be used: {error}") from error
 
 
 def _tokenizer(checkpoint: Checkpoint) -> TokenizerWrapper:
@@ -169,5 +177,13 @@ def _tokenizer(checkpoint: Checkpoint) -> TokenizerWrapper:
         raise CheckpointError(f"{checkpoint.folder} has no tokenizer.json; download the whole checkpoint")
     # The limit is ours to check, against the model's context; transformers would only warn, on stderr.
     limits = {"model_max_length": 2**40}
-    tokenizer: TokenizerWrapper = load_tokenizer(checkpoint.folder, limits, eos_token_ids=checkpoint.eos_token_ids())
+    eos = checkpoint.eos_token_ids()
+    try:
+        tokenizer: TokenizerWrapper = load_tokenizer(checkpoint.folder, limits, eos_token_ids=eos)
+    except Exception as error:  # tokenizers raises bare Exceptions, transformers nearly anything
+        raise CheckpointError(f"the tokenizer in {checkpoint.folder} cannot be read: {_first_line(error)}") from error
     return tokenizer
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -13,6 +13,7 @@ class NoDrafter:
     """For a target without a known drafter."""
 
     limit: int = 0
+    reads_prompt: bool = False
     nbytes: int = 0
 
     def start(self, cache: Cache) -> None:

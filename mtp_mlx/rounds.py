@@ -13,7 +13,7 @@ from mtp_mlx.accept import accept, normalise
 from mtp_mlx.depth import Depth
 from mtp_mlx.errors import MTPError
 from mtp_mlx.sampling import Sampler
-from mtp_mlx.types import Draft, Pair, Span
+from mtp_mlx.types import Draft, Output, Pair, Span
 
 Progress = Callable[[int, int], None]  # prompt tokens read so far, all prompt tokens
 
@@ -57,6 +57,7 @@ class Sequence:
         self.state = pair.drafter.start(self.cache)
         self.last = mx.zeros((1,), mx.int32)  # (B,)
         self.length = 0  # tokens in the cache, as the host knows it
+        self.ready = False  # whether the drafter has been told of any token yet
 
     def prefill(self, prompt: list[int], step: int, progress: Progress) -> None:
         """Read a prompt, `step` tokens at a time, up to its last token, which the first round will read."""
@@ -69,7 +70,8 @@ class Sequence:
             length = chunk.shape[1]
             output = self.pair.target(chunk, self.cache, Span(start, length))
             self.cache.commit(length)
-            self.state = self.pair.drafter.advance(self.state, chunk, output, mx.array([length - 1]))
+            if self.pair.drafter.reads_prompt:
+                self._advance(chunk, output, mx.array([length - 1]))
             mx.eval(self.cache.arrays(), self.state)
             mx.clear_cache()
             progress(start + length, len(prompt))
@@ -90,17 +92,19 @@ class Sequence:
         logprobs = normalise(output.logits)  # (B, k+1, V)
         kept = accept(draft, logprobs, span.positions() + 1, self.sampler)
         cache.commit(kept.count + 1)
-        self.state = drafter.advance(self.state, block, output, kept.count)
+        self._advance(block, output, kept.count)
         self.last = mx.take_along_axis(kept.tokens, kept.count[:, None], axis=1)[:, 0]
 
-        healthy = mx.isfinite(mx.take_along_axis(logprobs, kept.tokens[..., None], axis=-1)).all()
+        # Rows after the first wrong draft continue a text that nobody wrote; they may be as they like.
+        finite = mx.isfinite(mx.take_along_axis(logprobs, kept.tokens[..., None], axis=-1))[..., 0]
+        healthy = (finite | (mx.arange(k + 1) > kept.count[:, None])).all()
         report = mx.concatenate([kept.count, healthy[None].astype(mx.int32), kept.tokens[0]])
         built = time.perf_counter()
         mx.eval(report, self.last, logprobs, cache.arrays(), self.state)
         verifying = time.perf_counter() - built
 
-        count, finite, *tokens = cast(list[int], report.tolist())  # the one read
-        if not finite:
+        count, sound, *tokens = cast(list[int], report.tolist())  # the one read
+        if not sound:
             raise MTPError(
                 f"the model's logits after {self.length} tokens are not finite; the checkpoint or its "
                 "quantisation is damaged"
@@ -110,6 +114,10 @@ class Sequence:
         host = total - verifying - drafting
         times = Times(total, host, drafting if split else None, verifying if split else None)
         return Round(tokens[: count + 1], k, count, logprobs[0], times)
+
+    def _advance(self, tokens: mx.array, output: Output, count: mx.array) -> None:
+        self.state = self.pair.drafter.advance(self.state, tokens, output, count)
+        self.ready = True
 
 
 def _seconds_to_evaluate(draft: Draft) -> float:
@@ -122,8 +130,8 @@ def rounds(sequence: Sequence, depth: Depth, budget: int) -> Iterator[Round]:
     """Rounds until `budget` tokens have been emitted. The caller stops earlier by not asking again."""
     number = 0
     while budget > 0:
-        # The first token of all has no hidden state before it, so there is nothing to draft from.
-        most = min(budget - 1, sequence.pair.drafter.limit) if sequence.length else 0
+        # Before its first round, a drafter that has not read the prompt has no hidden state to draft from.
+        most = min(budget - 1, sequence.pair.drafter.limit) if sequence.ready else 0
         timed = number >= WARM_UP and (number - WARM_UP) % SPLIT_EVERY == 0
         result = sequence.round(min(depth.choose(), most), timed)
         depth.observe(result.drafted, result.accepted, result.times.total)

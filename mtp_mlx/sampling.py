@@ -4,6 +4,7 @@ Every choice is made at an absolute position with a key made from the seed and t
 run draws the same token at the same place however many tokens were verified at once.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -43,8 +44,8 @@ class Sample:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0:
-            raise RequestError(f"temperature {self.temperature} must be above 0; 0 is greedy decoding")
+        if not 0 < self.temperature < math.inf:
+            raise RequestError(f"temperature {self.temperature} must be a number above 0; 0 is greedy decoding")
         if not 0 < self.top_p <= 1:
             raise RequestError(f"top-p {self.top_p} must lie in (0, 1]; 1 turns it off")
         if not 0 <= self.min_p <= 1:
@@ -56,7 +57,9 @@ class Sample:
 
     def __call__(self, logprobs: mx.array, positions: mx.array) -> mx.array:
         B, L, V = logprobs.shape
-        rows = self._filtered(logprobs.reshape(B * L, V).astype(mx.float32)) / self.temperature
+        rows = self._filtered(logprobs.reshape(B * L, V).astype(mx.float32))
+        # Against the best token, so that no temperature, however low, turns every row into -inf.
+        rows = (rows - rows.max(axis=-1, keepdims=True)) / self.temperature
         flat = positions.reshape(B * L).astype(mx.uint32)
         drawn = [
             mx.random.categorical(rows[i], key=mx.stack([mx.array(self.seed, mx.uint32), flat[i]]))
@@ -76,6 +79,6 @@ class Sample:
 
 def choose_sampler(temperature: float, top_p: float, min_p: float, top_k: int, seed: int) -> Sampler:
     """The sampler that a user's options mean. Raises RequestError for a value outside its range."""
-    if temperature == 0:
-        return Greedy()
-    return Sample(temperature, top_p, min_p, top_k, seed)
+    # The other options are checked even where greedy decoding does not look at them.
+    sample = Sample(temperature or 1.0, top_p, min_p, top_k, seed)
+    return Greedy() if temperature == 0 else sample

@@ -39,7 +39,6 @@ class Stats:
     """Figures of one generation so far."""
 
     prompt_tokens: int
-    prompt_seconds: float = 0.0  # reading the prompt, up to its last token
     ttft_seconds: float = 0.0  # from the request to the first token
     generation_tokens: int = 0
     generation_seconds: float = 0.0  # all rounds
@@ -59,7 +58,9 @@ class Stats:
         """The figures with one more round in them."""
         drafted, accepted = result.drafted, result.accepted
         positions = range(max(drafted, len(self.reached_per_position)))
-        timed = result.times.draft is not None
+        # Phases are those of rounds at the depth in use: a mean over several depths would describe none.
+        past = (self.draft, self.verify, self.host) if depth.k == self.depth else (Phase(), Phase(), Phase())
+        times = result.times if drafted == depth.k else None
         return replace(
             self,
             generation_tokens=self.generation_tokens + len(result.tokens),
@@ -69,9 +70,9 @@ class Stats:
             accepted=self.accepted + accepted,
             reached_per_position=tuple(_at(self.reached_per_position, j) + (j < drafted) for j in positions),
             accepted_at_position=tuple(_at(self.accepted_at_position, j) + (j < accepted) for j in positions),
-            draft=self.draft.add(result.times.draft),
-            verify=self.verify.add(result.times.verify),
-            host=self.host.add(result.times.host if timed else None),
+            draft=past[0].add(times and times.draft),
+            verify=past[1].add(times and times.verify),
+            host=past[2].add(times.host if times and times.draft is not None else None),
             depth=depth.k,
             depth_reason=depth.reason(),
             memory=replace(self.memory, cache=cache_bytes, peak=peak_bytes),

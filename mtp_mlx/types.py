@@ -117,6 +117,15 @@ class Drafter(Protocol):
         ...
 
     @property
+    def reads_prompt(self) -> bool:
+        """Whether it must be told of every chunk of a prompt, or learns enough from the first round.
+
+        What it is told of has to be computed: telling it of hiddens it does not need makes layers run over a
+        whole prompt that otherwise nothing would ask for (those that share another layer's keys).
+        """
+        ...
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the weights."""
         ...

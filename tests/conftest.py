@@ -61,6 +61,7 @@ class DialledDrafter:
     truth: mx.array  # (T,) the sequence as plain decoding writes it
     wrong: mx.array  # (T,) bool
     limit: int = MAX_BLOCK - 1
+    reads_prompt: bool = True
     nbytes: int = 0
 
     @classmethod
@@ -92,10 +93,10 @@ class Forced:
 
 
 class AlteredTarget:
-    """A target with a shorter context, or with its logits multiplied."""
+    """A target with a shorter context, with its logits multiplied, or broken after one poisonous token."""
 
-    def __init__(self, target: Target, context: int = 1024, factor: float = 1.0):
-        self.target, self.context, self.factor = target, context, factor
+    def __init__(self, target: Target, context: int = 1024, factor: float = 1.0, poison: int = -1):
+        self.target, self.context, self.factor, self.poison = target, context, factor, poison
         self.vocabulary = target.vocabulary
 
     @property
@@ -110,7 +111,8 @@ class AlteredTarget:
 
     def __call__(self, tokens: mx.array, cache: Cache, span: Span) -> Output:
         output = self.target(tokens, cache, span)
-        return output._replace(logits=output.logits * self.factor)
+        broken = mx.where(tokens == self.poison, float("nan"), 1.0)[..., None]
+        return output._replace(logits=output.logits * self.factor * broken)
 
 
 def run_rounds(
@@ -129,7 +131,7 @@ def run_rounds(
     rows: list[mx.array] = []
     accepted: list[int] = []
     while len(text) < tokens:
-        result = sequence.round(k if sequence.length else 0)
+        result = sequence.round(k if sequence.ready else 0)
         text += result.tokens
         rows.append(result.logprobs[: len(result.tokens)])
         accepted.append(result.accepted)

@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -128,6 +129,12 @@ BAD: dict[str, tuple[Callable[[], subprocess.CompletedProcess[str]], str]] = {
     "depth without drafter": (lambda: generate("x", "--depth", "4", "--drafter", "none"), "needs a drafter"),
     "temperature": (lambda: generate("x", "--temp", "-1"), "temperature"),
     "top-p": (lambda: generate("x", "--temp", "1", "--top-p", "2"), "top-p"),
+    "top-p without temperature": (lambda: generate("x", "--top-p", "2"), "top-p"),
+    "endless temperature": (lambda: generate("x", "--temp", "inf"), "temperature"),
+    "prompt that is not UTF-8": (lambda: generate("\udcff\udcfe"), "UTF-8"),
+    "name with brackets": (lambda: generate("x", "--model", "[/foo]"), "neither a folder"),
+    "empty name": (lambda: generate("x", "--model", ""), "name of a model is empty"),
+    "very long name": (lambda: generate("x", "--model", "x" * 5000), "cannot be opened"),
     "dtype": (lambda: generate("x", "--dtype", "int3"), "--dtype int3"),
     "prefill step": (lambda: generate("x", "--prefill-step-size", "0"), "prefill step size"),
 }
@@ -141,6 +148,24 @@ def test_bad_input_is_one_clear_line_and_exit_1(case: str) -> None:
     assert done.stdout == ""
     assert done.stderr.startswith("mtp-mlx: ") and done.stderr.count("\n") == 1
     assert message in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("closing", [">&-", "<&-", ">/dev/full"])
+def test_a_closed_or_full_stream_is_one_line(closing: str) -> None:
+    program = Path(sys.executable).parent / "mtp-mlx"
+    prompt = "" if closing == "<&-" else "x"
+    command = f"'{program}' generate --model '{VARIANT}' {prompt} --max-tokens 4 --no-stats {closing}"
+    done = subprocess.run(["/bin/sh", "-c", command], capture_output=True, timeout=120, check=False)
+    assert done.returncode != 0
+    assert done.stderr.startswith(b"mtp-mlx: ") and b"report" not in done.stderr and b"Traceback" not in done.stderr
+
+
+def test_a_broken_chat_template_names_the_way_out(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(VARIANT, tmp_path / "pair"))
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": "{{ nobody() }}"}))
+    done = generate("x", "--model", str(folder))
+    assert done.returncode == 1 and "--ignore-chat-template" in done.stderr
 
 
 def test_wrong_usage_is_exit_2() -> None:

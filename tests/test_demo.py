@@ -64,5 +64,5 @@ def test_the_pair_is_small_and_has_a_card() -> None:
     size = sum(path.stat().st_size for path in DEMO_FOLDER.rglob("*") if path.is_file())
     assert size < 20e6
     card = (DEMO_FOLDER / "README.md").read_text()
-    for word in ("licence", "tokens per round", "loss", "sympy"):
+    for word in ("licence", "tokens per round", "nats per token", "sympy"):
         assert word.lower() in card.lower()

@@ -3,11 +3,13 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 import pytest
 from conftest import (
     FIXTURES,
@@ -22,10 +24,11 @@ from conftest import (
 )
 from mlx.utils import tree_flatten
 from mlx_lm.convert import convert
+from safetensors.numpy import save_file
 
-from mtp_mlx.errors import CheckpointError, MTPError, PairError
+from mtp_mlx.errors import CheckpointError, MTPError, PairError, RequestError
 from mtp_mlx.loading import choose_drafter, find, load, load_pair
-from mtp_mlx.models.gemma4_assistant import Assistant
+from mtp_mlx.models.gemma4_assistant import Assistant, mismatches
 from mtp_mlx.ngram import NoDrafter
 from mtp_mlx.sampling import Greedy
 
@@ -176,6 +179,14 @@ def _config(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None
     return lambda folder: edit_config(folder, change)
 
 
+def _double_precision(folder: Path) -> None:
+    save_file({NORM: np.zeros(64, np.float64)}, folder / "model.safetensors")
+
+
+def _text(**changes: object) -> Callable[[dict[str, Any]], object]:
+    return lambda config: config["text_config"].update(changes)
+
+
 NORM = "model.language_model.norm.weight"
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no config": (_remove("config.json"), "no config.json"),
@@ -201,6 +212,33 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         _config(lambda c: c["text_config"]["rope_parameters"]["full_attention"].update(rope_type="yarn")),
         "'yarn'",
     ),
+    "text_config is a list": (_config(lambda c: c.update(text_config=[1])), "cannot be used"),
+    "size is a word": (_config(_text(hidden_size="64")), "hidden_size is '64'"),
+    "no heads": (_config(_text(num_attention_heads=0)), "num_attention_heads is 0"),
+    "no window": (_config(_text(sliding_window=0)), "sliding_window is 0"),
+    "context is null": (_config(_text(max_position_embeddings=None)), "max_position_embeddings is None"),
+    "every layer shares": (_config(_text(num_kv_shared_layers=6)), "share keys nobody has"),
+    "more layers than kinds": (_config(_text(num_hidden_layers=7)), "layer_types must be 7 times"),
+    "unknown layer type": (_config(_text(layer_types=["x"] * 6)), "layer_types must be"),
+    "another activation": (_config(_text(hidden_activation="relu")), "hidden_activation is 'relu'"),
+    "attention both ways": (_config(_text(use_bidirectional_attention="all")), "use_bidirectional_attention"),
+    "rope is a word": (_config(_text(rope_parameters="x")), "cannot be used"),
+    "end token is a word": (
+        lambda f: (f / "generation_config.json").write_text('{"eos_token_id": ["x"]}'),
+        "expected token ids",
+    ),
+    "broken tokenizer": (lambda f: (f / "tokenizer.json").write_text("{"), "tokenizer in .* cannot be read"),
+    "quantisation is a word": (_config(lambda c: c.update(quantization="4bit")), "expected an object"),
+    "weights are integers": (_tensors(lambda t: t.update({NORM: mx.zeros(64, mx.int32)})), "expected mlx.core.float"),
+    "weights in float64": (_double_precision, "MLX cannot read"),
+    "index without a map": (
+        lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": [1]}'),
+        "expected an object",
+    ),
+    "index of pickles": (
+        lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "weights.bin"}}'),
+        "not safetensors",
+    ),
     "foreign quantisation": (
         _config(lambda c: c.update(quantization_config={"quant_method": "gptq"})),
         "quantised with 'gptq'",
@@ -225,10 +263,6 @@ def test_a_damaged_checkpoint_is_named(damage: str, pair_folder: Path) -> None:
     assert str(pair_folder) in str(caught.value) and "\n" not in str(caught.value)
 
 
-def _text(**changes: object) -> Callable[[dict[str, Any]], object]:
-    return lambda config: config["text_config"].update(changes)
-
-
 MISMATCHES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "hidden size": (lambda c: c.update(backbone_hidden_size=96), "hidden size 96, target has 64"),
     "vocabulary": (_text(vocab_size=512), "vocabulary 512, target has 320"),
@@ -237,7 +271,6 @@ MISMATCHES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "full KV heads": (_text(num_global_key_value_heads=2), "KV heads in full_attention 2, target has 1"),
     "sliding head size": (_text(head_dim=64), "head size in sliding_attention 64, target has 16"),
     "full head size": (_text(global_head_dim=64), "head size in full_attention 64, target has 32"),
-    "layer types": (_text(layer_types=["chunked_attention"] * 4), "layer types"),
     "RoPE": (
         lambda c: c["text_config"]["rope_parameters"]["full_attention"].update(rope_theta=5.0),
         "RoPE in full_attention",
@@ -258,6 +291,37 @@ def test_an_assistant_made_for_another_target_is_refused(mismatch: str, pair_fol
 def test_the_assistant_of_another_variant_is_refused(drafter: str) -> None:
     with pytest.raises(PairError, match="KV heads"):
         load(FIXTURES / "gemma4_ple", FIXTURES / drafter / "assistant")
+
+
+def test_a_drafter_that_reads_layers_the_target_lacks_is_refused() -> None:
+    target, assistant = tiny("gemma4_keqv")
+    kinds = target.config.layer_types
+    alone = replace(target.config, layer_types=("full_attention",) * len(kinds))
+    assert "layer types" in mismatches(assistant.network.config, alone)[0]
+
+
+@pytest.mark.parametrize("ordering", ["zeros", "beyond"])
+def test_a_token_ordering_that_is_no_permutation_is_refused(ordering: str, pair_folder: Path) -> None:
+    """MLX does not check indices: a wrong table would read foreign memory."""
+    folder = pair_folder / "assistant_ordered"
+    name = "masked_embedding.token_ordering"
+    table = mx.zeros(320, mx.int32) if ordering == "zeros" else mx.arange(320) + 10**8
+    _tensors(lambda t: t.update({name: table}))(folder)
+    with pytest.raises(CheckpointError, match="not a permutation"):
+        load(pair_folder, folder)
+
+
+def test_a_mistyped_drafter_is_noticed_before_the_target_is_read(pair_folder: Path) -> None:
+    (pair_folder / "model.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="nowhere is not a folder"):
+        load(pair_folder, pair_folder / "nowhere")
+
+
+def test_an_empty_name_and_an_integer_dtype_are_refused() -> None:
+    with pytest.raises(CheckpointError, match="name of a model is empty"):
+        load("")
+    with pytest.raises(RequestError, match="floating-point"):
+        load(dtype=mx.int32)
 
 
 def test_roles_cannot_be_swapped() -> None:

@@ -55,6 +55,8 @@ def test_a_draw_depends_on_seed_and_position_only() -> None:
     [
         ((-0.5, 1.0, 0.0, 0, 0), "temperature"),
         ((float("nan"), 1.0, 0.0, 0, 0), "temperature"),
+        ((float("inf"), 1.0, 0.0, 0, 0), "temperature"),
+        ((0.0, 7.0, 0.0, 0, 0), "top-p"),
         ((0.7, 0.0, 0.0, 0, 0), "top-p"),
         ((0.7, 1.5, 0.0, 0, 0), "top-p"),
         ((0.7, 1.0, 2.0, 0, 0), "min-p"),
@@ -70,3 +72,9 @@ def test_an_option_out_of_range_is_named(options: tuple[float, float, float, int
 
 def test_temperature_zero_is_greedy() -> None:
     assert choose_sampler(0.0, 1.0, 0.0, 0, 0) == Greedy()
+
+
+def test_a_temperature_near_zero_is_greedy_and_not_noise() -> None:
+    rows = _logprobs()[None, None]
+    for temperature in (1e-3, 1e-30, 1e-40):
+        assert Sample(temperature)(rows, mx.array([[3]])).item() == mx.argmax(rows).item()

@@ -1,0 +1,93 @@
+"""Write the model card: the text of card.md with the figures that the other scripts left."""
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from bench.demo.assistant import CORPUS, OWN, TEMPERATURE, TOKENS, UNROLLED
+from bench.demo.gemma import ASSISTANT, TARGET, Assistant, Target, parameter_count
+from bench.demo.target import ROWS
+from bench.demo.training import LENGTH
+
+
+def pattern(layers: tuple[str, ...]) -> str:
+    return "".join(kind[0].upper() for kind in layers)
+
+
+def log(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def table(rows: dict[str, list[float]]) -> str:
+    return "\n".join(f"| {name} | " + " | ".join(f"{x:.2f}" for x in row) + " |" for name, row in rows.items())
+
+
+def corpus_table(rows: list[dict[str, Any]]) -> str:
+    keys = ("package", "version", "licence", "kind", "files", "train_bytes", "heldout_files", "heldout_bytes")
+    cells = [[f"{row[k]:,}" if isinstance(row[k], int) else row[k] for k in keys] for row in rows]
+    return "\n".join("| " + " | ".join(row) + " |" for row in cells)
+
+
+def bits(nats: float, split: Path) -> float:
+    """Nats per token as bits per character of a split."""
+    counts = json.loads(split.read_text())
+    return nats * counts["tokens"] / counts["characters"] / math.log(2)
+
+
+def assistant_tokens(steps: int) -> int:
+    """Tokens read in `steps` steps: whole rows of continuations, of corpus text in every fifth step."""
+    fifth = steps // 5
+    return (steps - fifth) * (TOKENS // OWN * OWN) + fifth * (TOKENS // CORPUS * CORPUS)
+
+
+def figures(out: Path) -> dict[str, Any]:
+    """Everything the card mentions."""
+    target_log, assistant_log = log(out / "target"), log(out / "assistant")
+    losses = [row["loss"] for row in target_log if "loss" in row][-4:]
+    train_loss, heldout_loss = sum(losses) / len(losses), target_log[-1]["heldout"]
+    acceptance = json.loads((out / "acceptance.json").read_text())
+    own = json.loads((out / "continuations.json").read_text())
+    parameters = parameter_count(Target())
+    return {
+        "target": TARGET,
+        "assistant": ASSISTANT,
+        "target_millions": round(parameters / 1e6),
+        "target_parameters": parameters,
+        "assistant_parameters": parameter_count(Assistant()),
+        "target_layers": pattern(TARGET.layers),
+        "assistant_layers": pattern(ASSISTANT.layers),
+        "corpus": corpus_table(json.loads((out / "corpus.json").read_text())),
+        "length": LENGTH,
+        "unrolled": UNROLLED,
+        "sharpness": TEMPERATURE,
+        "target_steps": target_log[-1]["step"],
+        "target_tokens": target_log[-1]["step"] * ROWS * LENGTH,
+        "target_minutes": round(target_log[-1]["seconds"] / 60),
+        "own_tokens": own["rows"] * own["length"],
+        "own_minutes": round(own["seconds"] / 60),
+        "assistant_steps": assistant_log[-1]["step"],
+        "assistant_tokens": assistant_tokens(int(assistant_log[-1]["step"])),
+        "assistant_minutes": round(assistant_log[-1]["seconds"] / 60),
+        "train_loss": train_loss,
+        "train_bits": bits(train_loss, out / "train.json"),
+        "heldout_loss": heldout_loss,
+        "heldout_bits": bits(heldout_loss, out / "heldout.json"),
+        "prompts": acceptance["all"]["prompts"],
+        "rounds": table({name: list(row["tokens_per_round"].values()) for name, row in acceptance.items()}),
+        "acceptance": table({name: row["acceptance"] for name, row in acceptance.items()}),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the trained models")
+    parser.add_argument("--to", type=Path, required=True, help="folder of the checkpoints")
+    args = parser.parse_args()
+    template = (Path(__file__).parent / "card.md").read_text()
+    (args.to / "README.md").write_text(template.format(**figures(args.out)))
+
+
+if __name__ == "__main__":
+    main()
