@@ -88,27 +88,34 @@ def test_the_chat_template_is_used_unless_told_otherwise() -> None:
     assert chat["prompt_tokens"] > plain["prompt_tokens"]  # type: ignore[operator]
 
 
-def test_drafts_are_coloured_on_a_terminal() -> None:
+def on_a_terminal(*arguments: str, **environment: str) -> bytes:
+    """What a terminal is sent; `environment` comes on top of the present one."""
     leader, follower = pty.openpty()
-    program = [str(Path(sys.executable).parent / "mtp-mlx"), "generate", "--max-tokens", "30", "--depth", "4"]
-    environment = {**os.environ, "TERM": "xterm-256color"}
-    environment.pop("NO_COLOR", None)
-    with subprocess.Popen(
-        [*program, "def fibonacci(n):", "--show-drafts"], stdout=follower, stderr=follower, env=environment
-    ) as process:
+    program = [str(Path(sys.executable).parent / "mtp-mlx"), *arguments]
+    variables = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
+    variables |= {"TERM": "xterm-256color", **environment}
+    with subprocess.Popen(program, stdout=follower, stderr=follower, env=variables) as process:
         os.close(follower)
         shown = b""
         while True:
             try:
                 chunk = os.read(leader, 4096)
-            except OSError:
+            except OSError:  # Linux's way of saying that the other end is closed
                 break
             if not chunk:
                 break
             shown += chunk
     assert process.returncode == 0
+    return shown
+
+
+def test_drafts_are_coloured_on_a_terminal() -> None:
+    command = ("generate", "def fibonacci(n):", "--max-tokens", "30", "--depth", "4", "--show-drafts")
+    shown = on_a_terminal(*command)
     for colour, name in ((b"\x1b[32m", b"accepted"), (b"\x1b[31m", b"correction")):
         assert colour in shown and name in shown
+    assert b"\x1b[32m" not in on_a_terminal(*command, NO_COLOR="1")
+    assert b"\x1b[32m" not in on_a_terminal(*command, TERM="dumb")
 
 
 BAD: dict[str, tuple[Callable[[], subprocess.CompletedProcess[str]], str]] = {

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from mtp_mlx.depth import DEEPEST, Fixed, Measured, choose_depth
+from mtp_mlx.depth import DEEPEST, SAMPLES, Fixed, Measured, choose_depth
 from mtp_mlx.errors import RequestError
 
 
@@ -67,6 +67,18 @@ def test_one_slow_round_does_not_change_the_depth() -> None:
     before = policy.k
     policy.observe(before, before, 10.0)
     assert policy.k == before > 0
+
+
+def test_a_hiccup_does_not_rule_a_depth_out_for_good() -> None:
+    """Depth 6 is the best here; its one early sample was five times too slow and nothing would ever renew it."""
+    policy = Measured()
+    Machine(0.05, 0.9).play(policy, 2 * SAMPLES)
+    for _ in range(2):
+        policy.observe(6, 6, 5 * 0.01 * 1.3)
+    assert policy.k < 6
+    machine = Machine(0.05, 0.9)
+    machine.play(policy, 600)
+    assert policy.k == 6 and machine.depths[-200:].count(6) > 150
 
 
 def test_reasons_are_plain_words() -> None:
