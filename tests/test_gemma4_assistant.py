@@ -54,6 +54,24 @@ def test_the_position_policy_changes_the_drafts_logits() -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("kept", range(5))
+def test_drafts_after_a_partly_accepted_round_equal_transformers(variant: str, kept: int) -> None:
+    """The next round starts from the hidden of the last kept row, and rejected rows are out of sight."""
+    _, assistant = tiny(variant)
+    expected = golden(variant)
+    place = 5  # of a golden round, above the window
+    bonus, tokens = int(expected["draft_bonus"][place]), expected["tokens"].tolist()
+    first = bonus - kept - 1  # the block holds the true tokens first..bonus-1, then wrong ones up to five rows
+    _, cache = teacher_forced(assistant.target, tokens[:first], first, [1])
+    block = mx.array([tokens[first:bonus] + [7] * (4 - kept)])
+    output = assistant.target(block, cache, cache.span(5))
+    cache.commit(mx.array([kept + 1]))
+    state = assistant.advance(assistant.start(cache), block, output, mx.array([kept]))
+    drafted = assistant.draft(state, mx.array([tokens[bonus]]), 4).tokens
+    assert drafted[0].tolist() == expected["assistant_p_tokens"][place].tolist()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_drafting_reads_the_cache_in_place(variant: str) -> None:
     """The very arrays of the target's cache are attended to: no copy, no slice."""
     target, assistant = tiny(variant)
