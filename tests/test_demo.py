@@ -3,10 +3,14 @@
 import json
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
+from conftest import mlx_lm_model
+from mlx_lm.generate import generate_step
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 import mtp_mlx
+from mtp_mlx.generate import encode
 from mtp_mlx.loading import DEMO_FOLDER
 
 HELD_OUT = Path(__file__).parent.parent / "bench" / "demo" / "heldout.json"
@@ -49,6 +53,18 @@ def test_greedy_text_is_the_same_with_and_without_drafts(
     plain = tokens(0)
     assert tokens(4) == plain
     assert len(plain) > 10
+
+
+def test_plain_decoding_equals_mlx_lm_in_float32() -> None:
+    pair, tokenizer = mtp_mlx.load(dtype=mx.float32)
+    theirs = mlx_lm_model(DEMO_FOLDER)
+    theirs.set_dtype(mx.float32)
+    for prompt in _prompts()[::5]:
+        ids = encode(tokenizer, prompt)
+        ours = [r.token for r in mtp_mlx.stream_generate(pair, tokenizer, ids, max_tokens=100, depth=0)]
+        steps = generate_step(mx.array(ids), theirs, max_tokens=100)
+        assert ours == [int(token) for token, _ in steps][: len(ours)]
+        assert len(ours) > 10
 
 
 def test_the_assistant_is_worth_having(demo: tuple[mtp_mlx.Pair, TokenizerWrapper]) -> None:
