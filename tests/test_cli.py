@@ -159,6 +159,8 @@ def test_bad_input_is_one_clear_line_and_exit_1(case: str) -> None:
 
 @pytest.mark.parametrize("closing", [">&-", "<&-", ">/dev/full"])
 def test_a_closed_or_full_stream_is_one_line(closing: str) -> None:
+    if closing == ">/dev/full" and not Path("/dev/full").exists():
+        pytest.skip("a device that is always full exists on Linux only")
     program = Path(sys.executable).parent / "mtp-mlx"
     prompt = "" if closing == "<&-" else "x"
     command = f"'{program}' generate --model '{VARIANT}' {prompt} --max-tokens 4 --no-stats {closing}"
