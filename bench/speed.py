@@ -15,16 +15,15 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import mlx.core as mx
 import mlx_lm
 import report
 from mlx_lm.generate import GenerationResponse
 
 import mtp_mlx
+from mtp_mlx.cli.generate import DTYPES
 from mtp_mlx.loading import find
 
 PROMPTS = Path(__file__).parent / "demo" / "heldout.json"
-DTYPES = {"auto": None, "float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 Arm = Callable[[str], Iterable[GenerationResponse]]
 
 

@@ -87,8 +87,12 @@ class Measured:
     number: int = 0  # rounds so far
 
     def __post_init__(self) -> None:
-        trial = min(TRIAL, self.deepest)
-        self.plan = [trial] * SAMPLES + [0] * SAMPLES
+        self.plan = [self.trial] * SAMPLES + [0] * SAMPLES
+
+    @property
+    def trial(self) -> int:
+        """The depth that stands for drafting while drafting is off."""
+        return min(TRIAL, self.deepest)
 
     def choose(self) -> int:
         return self.plan[-1] if self.plan else self.k
@@ -119,7 +123,7 @@ class Measured:
             self.k, self.since_probe, self.wait = best, 0, PROBE_AFTER
         if self.since_probe >= self.wait:
             # Two rounds, as the first after a change of depth may pay for buffers of another shape.
-            self.plan = [0, 0] if self.k else [min(TRIAL, self.deepest)] * 2
+            self.plan = [0, 0] if self.k else [self.trial] * 2
             self.since_probe, self.wait = 0, min(2 * self.wait, PROBE_AT_MOST)
 
     def tokens_per_round(self, k: int) -> float:
@@ -151,14 +155,14 @@ class Measured:
 
     def _trusted(self, depth: int, cost: Cost) -> bool:
         """A figure that nothing will ever renew is forgotten: one hiccup must not rule a depth out for good."""
-        renewed = depth in (0, self.k, min(TRIAL, self.deepest))
+        renewed = depth in (0, self.k, self.trial)
         return renewed or self.number - cost.latest <= FORGET_AFTER
 
     def tokens_per_second(self, k: int) -> float:
         return self.tokens_per_round(k) / max(self.seconds(k), 1e-9)
 
     def reason(self) -> str:
-        trial = self.k or min(TRIAL, self.deepest)
+        trial = self.k or self.trial
         steps = self.seconds(trial) / self.seconds(0)
         if not math.isfinite(steps):
             return "still comparing depths: too few rounds so far"

@@ -1,6 +1,5 @@
 """Train the demo assistant: several draft steps from every position, towards the target's distribution."""
 
-import argparse
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +20,7 @@ from bench.demo.gemma import (
     training_masks,
 )
 from bench.demo.optimizer import Optimizer
-from bench.demo.training import Run, Stream, load_model
+from bench.demo.training import Run, Stream, load_model, train_from_command_line
 
 UNROLLED = 5  # draft steps
 OWN, CORPUS = 384, 512  # tokens of a row of continuations, and of corpus text
@@ -111,13 +110,5 @@ def train(out: Path, steps: int) -> None:
     run.save()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, required=True)
-    args = parser.parse_args()
-    train(args.out, args.steps)
-
-
 if __name__ == "__main__":
-    main()
+    train_from_command_line(train, __doc__)

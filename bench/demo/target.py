@@ -1,6 +1,5 @@
 """Train the demo target on the packed corpus, for a fixed number of steps."""
 
-import argparse
 from pathlib import Path
 
 import torch
@@ -9,7 +8,7 @@ from torch import Tensor
 
 from bench.demo.gemma import TARGET, Ropes, Target, initialise, parameter_count, ropes_at, training_masks
 from bench.demo.optimizer import Optimizer
-from bench.demo.training import LENGTH, Run, Stream
+from bench.demo.training import LENGTH, Run, Stream, train_from_command_line
 
 ROWS = 8  # sequences per step
 # Positions start here or there, so that a small model meets every position up to its limit.
@@ -63,13 +62,5 @@ def train(out: Path, steps: int) -> None:
     run.save()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, required=True)
-    args = parser.parse_args()
-    train(args.out, args.steps)
-
-
 if __name__ == "__main__":
-    main()
+    train_from_command_line(train, __doc__)

@@ -1,7 +1,9 @@
 """What every trained model shares: the stream of batches, the log, and checkpoints to resume from."""
 
+import argparse
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -72,3 +74,12 @@ def load_model(model: nn.Module, folder: Path) -> nn.Module:
     weights = torch.load(folder / "checkpoint.pt")["model"]
     model.load_state_dict({name: w.bfloat16().float() for name, w in weights.items()})
     return model.eval().requires_grad_(False)
+
+
+def train_from_command_line(train: Callable[[Path, int], None], description: str | None) -> None:
+    """Run a trainer with the folder and the number of steps that the command line gives."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int, required=True)
+    args = parser.parse_args()
+    train(args.out, args.steps)
