@@ -3,7 +3,7 @@
     python tests/make_golden.py [--out tests/fixtures] [--only gemma4_ple ...]
 
 Run by hand, never by CI. Needs torch, transformers 5.22.2 (5.23.0 cannot construct an assistant), tokenizers
-and mlx-lm. Everything follows from the seeds below; a second run writes the same bytes.
+and mlx-lm. Everything follows from the seeds below; a second run on the same machine writes the same bytes.
 
 Each folder is a checkpoint as released: config.json, generation_config.json, model.safetensors (gemma4_moe:
 three shards and an index, with stub vision and audio tensors), a byte-level tokenizer, and assistant/.
@@ -41,37 +41,55 @@ hidden is hidden[P-1], the full layer sees keys 0..P-1, and each draft is the ar
 No greedy token, draft, choice of centroids or choice of experts is a near-tie: see MARGIN, ROUTING_MARGIN.
 """
 
-import argparse
 import copy
 import itertools
 import json
 import math
-import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import transformers
-from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from make_golden_common import (
+    DRAFTS,
+    HEADS,
+    HIDDEN,
+    MARGIN,
+    PROMPTS,
+    ROUTING_MARGIN,
+    VOCAB,
+    Arrays,
+    class_of,
+    dealt,
+    finish,
+    floats,
+    golden_greedy,
+    ints,
+    margin,
+    merge,
+    mlx_lm_error,
+    print_sizes,
+    random_tokens,
+    reload,
+    write_all,
+    write_generation_config,
+    write_json,
+    write_tokenizer,
+    write_weights,
+)
+from safetensors.torch import load_file
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.candidate_generator import SinglePositionMultiTokenCandidateGenerator
 
-VOCAB, HIDDEN, WINDOW, HEADS = 320, 64, 16, 4
-LENGTH, DRAFTS, CONTINUATION = 56, 4, 24
+LENGTH, WINDOW = 56, 16
 BONUS = (3, 12, 15, 16, 17, 30, 50)  # around the window, and far above it
 KEPT_POSITIONS = (0, 1, 15, 16, 17, 55)
-PROMPTS = (12, 30)
-END_TOKENS = (1, 319)  # <eos> and <turn|>, as the released generation_config lists two
-MARGIN = 5e-3  # in a logit, well above the float32 noise between two backends
-ROUTING_MARGIN = 1e-4  # in a probability; there are too many routings to ask for more
 SLIDING, FULL = "sliding_attention", "full_attention"
 
-Arrays = dict[str, np.ndarray]
 SharedKV = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 # --------------------------------------------------------------------------- variants
@@ -174,14 +192,10 @@ VARIANTS = {
 # --------------------------------------------------------------------------- models
 
 
-def class_of(name: str) -> Any:
-    return getattr(transformers, name)
-
-
 def build_target(variant: Variant, generator: torch.Generator) -> PreTrainedModel:
     text = class_of(f"{variant.family}TextConfig")(**TARGET, **variant.kv, **variant.text)
     config = class_of(f"{variant.family}Config")(text_config=text, vision_config=None, audio_config=None)
-    return finish(class_of(f"{variant.family}ForConditionalGeneration"), config, generator)
+    return finish(class_of(f"{variant.family}ForConditionalGeneration"), config, draw, generator)
 
 
 def build_assistant(variant: Variant, name: str, generator: torch.Generator) -> PreTrainedModel:
@@ -193,24 +207,7 @@ def build_assistant(variant: Variant, name: str, generator: torch.Generator) -> 
         num_centroids=16,
         centroid_intermediate_top_k=4,
     )
-    return finish(class_of(f"{variant.family}AssistantForCausalLM"), config, generator)
-
-
-def finish(network: Any, config: Any, generator: torch.Generator) -> PreTrainedModel:
-    """An eager float32 model whose every weight was drawn by `draw`."""
-    config._attn_implementation = "eager"
-    config._experts_implementation = "eager"
-    model = network(config).eval()
-    with torch.no_grad():
-        for name, weight in stored_weights(model):
-            weight.copy_(draw(name, weight, generator))
-    return model
-
-
-def stored_weights(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters and the buffers a checkpoint holds, sorted, the tied head once."""
-    state = model.state_dict()
-    return ((name, state[name]) for name in sorted(state) if name != "lm_head.weight")
+    return finish(class_of(f"{variant.family}AssistantForCausalLM"), config, draw, generator)
 
 
 def draw(name: str, like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -309,46 +306,12 @@ def draft(target: PreTrainedModel, assistant: PreTrainedModel, run: Run, bonus: 
     return Round(tokens, logits, hiddens, min(margins))
 
 
-def margin(scores: torch.Tensor, rank: int = 1) -> float:
-    """Least distance between the last chosen score and the first one left, over all rows."""
-    best = scores.topk(rank + 1, dim=-1).values
-    return float((best[..., rank - 1] - best[..., rank]).min())
-
-
 def centroid_margin(assistant: PreTrainedModel, normed: torch.Tensor) -> float:
     """How clear the cut between taken and left centroids is."""
     head = assistant.masked_embedding
     if head is None:
         return math.inf
     return margin(head.centroids(normed), head.centroid_intermediate_top_k)
-
-
-def greedy(target: PreTrainedModel, prompt: torch.Tensor) -> tuple[torch.Tensor, bool]:
-    """CONTINUATION tokens without a cache, and whether none of the choices behind them was a near-tie."""
-    tokens, clear = prompt, True
-    for _ in range(CONTINUATION):
-        run = run_target(target, tokens)
-        tokens = torch.cat([tokens, run.logits[-1:].argmax(-1)])
-        clear = clear and margin(run.logits[-1:]) > MARGIN and run.routing_margin > ROUTING_MARGIN
-    return tokens[len(prompt) :], clear
-
-
-def random_tokens(length: int, seed: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(4, VOCAB, (length,), generator=generator)
-    ids[0] = 2
-    return ids
-
-
-def golden_greedy(target: PreTrainedModel, length: int) -> Arrays:
-    """The first random prompt whose continuation is clear, varied and free of end tokens."""
-    for seed in itertools.count(length):
-        prompt = random_tokens(length, seed)
-        tokens, clear = greedy(target, prompt)
-        distinct = set(tokens.tolist())
-        if clear and len(distinct) >= CONTINUATION // 3 and not distinct & set(END_TOKENS):
-            return {f"prompt_{length}": ints(prompt), f"greedy_{length}": ints(tokens)}
-    raise AssertionError("unreachable")
 
 
 def golden_rounds(target: PreTrainedModel, assistants: dict[str, PreTrainedModel]) -> tuple[Run, Arrays]:
@@ -399,19 +362,6 @@ def run_arrays(run: Run) -> Arrays:
         keys, values = run.kv[layer_type]
         arrays |= {f"{name}_keys": floats(keys[0]), f"{name}_values": floats(values[0])}
     return arrays
-
-
-def ints(tensor: torch.Tensor) -> np.ndarray:
-    return tensor.numpy().astype(np.int32)
-
-
-def floats(tensor: torch.Tensor) -> np.ndarray:
-    assert tensor.dtype == torch.float32
-    return tensor.numpy()
-
-
-def merge(parts: Iterable[Arrays]) -> Arrays:
-    return {name: array for part in parts for name, array in part.items()}
 
 
 # --------------------------------------------------------------------------- proofs about the golden values
@@ -475,7 +425,9 @@ def write_variant(folder: Path, variant: Variant, generator: torch.Generator) ->
     target = build_target(variant, generator)
     assistants = {name: build_assistant(variant, name, generator) for name in variant.assistants}
     run, rounds = golden_rounds(target, assistants)
-    arrays = merge([run_arrays(run), *(golden_greedy(target, length) for length in PROMPTS), rounds])
+    arrays = merge(
+        [run_arrays(run), *(golden_greedy(partial(run_target, target), length) for length in PROMPTS), rounds]
+    )
     for assistant in assistants.values():
         prove_rounds(target, assistant, run)
     prove_varied(arrays, assistants)
@@ -495,12 +447,8 @@ def write_target(folder: Path, target: PreTrainedModel, variant: Variant, genera
     write_json(folder / "config.json", config | {"text_config": text, "vocab_size": VOCAB})
     if variant.new_style:
         write_json(folder / "config_new_style.json", config)
-    write_json(
-        folder / "generation_config.json",
-        {"bos_token_id": 2, "do_sample": True, "eos_token_id": list(END_TOKENS), "pad_token_id": 0}
-        | {"temperature": 1.0, "top_k": 64, "top_p": 0.95},
-    )
-    write_weights(folder, tensors | stubs, variant.shards)
+    write_generation_config(folder, top_k=64)
+    write_weights(folder, dealt(tensors | stubs, variant.shards))
     write_tokenizer(folder)
 
 
@@ -509,7 +457,7 @@ def write_assistant(folder: Path, assistant: PreTrainedModel, variant: Variant) 
     text = flat_text_config(config["text_config"], variant.kv)
     text |= NO_PER_LAYER | {"num_kv_shared_layers": variant.assistant_shared_layers}
     write_json(folder / "config.json", config | {"text_config": text})
-    write_weights(folder, tensors, shards=1)
+    write_weights(folder, [tensors])
 
 
 def saved(model: PreTrainedModel) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -528,68 +476,6 @@ def flat_text_config(text: dict[str, Any], kv: dict[str, Any]) -> dict[str, Any]
     return flat | {"global_head_dim": COMMON["global_head_dim"], "num_global_key_value_heads": global_heads}
 
 
-def write_weights(folder: Path, tensors: dict[str, torch.Tensor], shards: int) -> None:
-    names = sorted(tensors)
-    if shards == 1:
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        return
-    files = {}
-    for shard in range(shards):
-        file = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
-        part = {name: tensors[name] for name in names[shard::shards]}  # layers straddle the shards
-        save_file(part, folder / file, metadata={"format": "pt"})
-        files |= dict.fromkeys(part, file)
-    size = sum(tensor.nbytes for tensor in tensors.values())
-    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(files.items()))}
-    write_json(folder / "model.safetensors.index.json", index)
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-
-
-# --------------------------------------------------------------------------- tokenizer
-
-SPECIALS = ["<pad>", "<eos>", "<bos>", "<unk>"]
-TURNS = ["<|turn>", "<turn|>"]  # the last two ids, 318 and 319
-TRAINING_TEXT = """
-A small model drafts several tokens and the large model verifies them together. Where the two agree, the draft
-is kept; at the first place where they differ, the large model's own token stands, and the rest of the draft
-is dropped. The text that comes out is the text the large model would have written alone, only sooner.
-"""
-CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}"
-    "{{ '<|turn>' + message['role'] + '\\n' + message['content'] + '<turn|>\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|turn>model\\n' }}{% endif %}"
-)
-
-
-def write_tokenizer(folder: Path) -> None:
-    """Byte-level BPE: every text has ids, every id has a text, and VOCAB ids in all."""
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB - len(TURNS),
-        special_tokens=SPECIALS,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([TRAINING_TEXT], trainer)
-    tokenizer.add_special_tokens(TURNS)
-    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
-    assert tokenizer.get_vocab_size() == VOCAB and tokenizer.token_to_id(TURNS[-1]) == END_TOKENS[-1]
-    tokenizer.save(str(folder / "tokenizer.json"))
-    named = {f"{name.strip('<>')}_token": name for name in SPECIALS}
-    write_json(
-        folder / "tokenizer_config.json",
-        named
-        | {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": CHAT_TEMPLATE}
-        | {"clean_up_tokenization_spaces": False, "model_max_length": 1024},
-    )
-
-
 # --------------------------------------------------------------------------- reading everything back
 
 
@@ -604,51 +490,10 @@ def check(
         for bonus, tag in itertools.product(BONUS, TAGS.values()):
             before, after = (draft(target, a, run, bonus, tag).logits for a in (assistant, other))
             assert torch.equal(before, after)
-    error = mlx_lm_error(folder, run)
+    error = mlx_lm_error(folder, run.tokens, run.logits)
     assert error < 1e-3
-    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    print(f"{folder.name:16} {size / 1e3:7.0f} kB  transformers reload: exact  mlx-lm: {error:.1e}")
-
-
-def reload(folder: Path, like: PreTrainedModel, stubs: set[str]) -> PreTrainedModel:
-    model, info = type(like).from_pretrained(
-        folder,
-        dtype=torch.float32,
-        attn_implementation="eager",
-        experts_implementation="eager",
-        output_loading_info=True,
-    )
-    assert set(info["unexpected_keys"]) == stubs and not info["missing_keys"] and not info["mismatched_keys"]
-    return model.eval()
-
-
-def mlx_lm_error(folder: Path, run: Run) -> float:
-    import mlx.core as mx
-    import mlx_lm
-
-    mx.set_default_device(mx.cpu)
-    model, _ = mlx_lm.load(str(folder))
-    model.set_dtype(mx.float32)
-    logits = np.array(model(mx.array(run.tokens.numpy())[None])[0])
-    return float(np.abs(logits - run.logits.numpy()).max())
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Write the golden fixtures.")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "fixtures")
-    parser.add_argument("--only", choices=VARIANTS, nargs="*", default=list(VARIANTS))
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    torch.set_grad_enabled(False)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    for name in arguments.only:
-        folder = arguments.out / name
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        # Each variant has its own stream, so that a change in one leaves the others as they are.
-        write_variant(folder, VARIANTS[name], torch.Generator().manual_seed(list(VARIANTS).index(name)))
+    print_sizes(folder, f"transformers reload: exact  mlx-lm: {error:.1e}")
 
 
 if __name__ == "__main__":
-    main()
+    write_all(VARIANTS, write_variant, "Write the golden fixtures of Gemma 4.")
