@@ -125,7 +125,12 @@ def _rows(stats: Stats, last: Response) -> Iterator[tuple[str, str]]:
     if stats.drafted:
         shares = " ".join(f"{share:.0%}" for share in stats.accepted_per_position)
         yield "accepted", f"{stats.accepted} of {stats.drafted} drafts; per position {shares}"
-    phases = [("draft", stats.draft.ms), ("verify", stats.verify.ms), ("host", stats.host.ms)]
+    phases = [
+        ("commit", stats.commit.ms),
+        ("draft", stats.draft.ms),
+        ("verify", stats.verify.ms),
+        ("host", stats.host.ms),
+    ]
     yield (
         "per round",
         ", ".join(f"{name} {ms:.1f} ms" for name, ms in phases if ms is not None) or "too few rounds",

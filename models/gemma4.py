@@ -4,17 +4,17 @@ Source: transformers 5.22.2, models/gemma4 and models/gemma4_unified. Parameters
 gemma4_text, so that weights can be handed over.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import SwitchGLU
 
-from mtp_mlx.cache import Cache, FullCache, SlidingCache
-from mtp_mlx.types import LayerCache, Mask, Output, Span, Visible
+from mtp_mlx.cache import Cache, FullCache, KeyValueCache, SlidingCache
+from mtp_mlx.models import base
+from mtp_mlx.types import Mask, Output, Span, Visible
 
 SLIDING = "sliding_attention"
 FULL = "full_attention"
@@ -75,9 +75,7 @@ class TextConfig:
         text: Mapping[str, Any] = config.get("text_config") or config
         unified = "unified" in str(config.get("model_type")) + str(text.get("model_type"))
         kinds = _layer_types(text)
-        for name, known in _ONLY.items():
-            if text.get(name, known[0]) not in known:
-                raise ValueError(f"{name} is {text[name]!r}, only {' and '.join(map(repr, known))} can be computed")
+        base.check_choices(text, _ONLY)
         head_dims, kv_heads = _per_layer(text, kinds)
         return cls(
             hidden_size=text["hidden_size"],
@@ -106,13 +104,7 @@ class TextConfig:
     def __post_init__(self) -> None:
         """Raises ValueError for a value that no network can be built from."""
         values = vars(self)
-        for entry in fields(self):
-            value = values[entry.name]
-            if entry.type is bool and not isinstance(value, bool):
-                raise ValueError(f"{entry.name} is {value!r}, expected true or false")
-            least = 0 if entry.name in _MAY_BE_ZERO else 1
-            if entry.type is int and (not isinstance(value, int) or isinstance(value, bool) or value < least):
-                raise ValueError(f"{entry.name} is {value!r}, expected a whole number of at least {least}")
+        base.check_numbers(values, fields(self), _MAY_BE_ZERO)
         for name in ("head_dims", "kv_heads"):
             if not all(isinstance(value, int) and value > 0 for value in values[name]):
                 raise ValueError(f"{name} are {values[name]}, expected whole numbers above 0")
@@ -201,11 +193,6 @@ class RoPE:
         )
 
 
-def _split_heads(x: mx.array, size: int) -> mx.array:
-    B, L, _ = x.shape
-    return x.reshape(B, L, -1, size)
-
-
 class Attention(nn.Module):
     """Grouped-query attention with scale 1. A layer without keys of its own reads another layer's."""
 
@@ -231,14 +218,14 @@ class Attention(nn.Module):
 
     def keys_and_values(self, x: mx.array, span: Span) -> Visible:
         """The block's own rows, (B, H, L, head size), ready for the cache."""
-        raw = _split_heads(self.k_proj(x), self.head_size)
-        values = raw if self.values_from_keys else _split_heads(self.v_proj(x), self.head_size)
+        raw = base.split_heads(self.k_proj(x), self.head_size)
+        values = raw if self.values_from_keys else base.split_heads(self.v_proj(x), self.head_size)
         keys = self._rope(self.k_norm(raw).swapaxes(1, 2), span)
         return Visible(keys, mx.fast.rms_norm(values, None, self.eps).swapaxes(1, 2))
 
     def __call__(self, x: mx.array, visible: Visible, mask: Mask, span: Span) -> mx.array:
         B, L, _ = x.shape
-        queries = self.q_norm(_split_heads(self.q_proj(x), self.head_size))
+        queries = self.q_norm(base.split_heads(self.q_proj(x), self.head_size))
         queries = self._rope(queries.swapaxes(1, 2), span)
         out = mx.fast.scaled_dot_product_attention(queries, *visible, scale=1.0, mask=mask)
         return self.o_proj(out.swapaxes(1, 2).reshape(B, L, -1))
@@ -323,7 +310,7 @@ class DecoderLayer(nn.Module):
     def __call__(
         self,
         h: mx.array,  # (B, L, D)
-        own: LayerCache | None,
+        own: KeyValueCache | None,
         shared: Visible | None,
         mask: Mask,
         span: Span,
@@ -389,10 +376,10 @@ class TextModel(nn.Module):
         h = self.embed(tokens)
         per_layer = self._per_layer_inputs(tokens, h)
         kinds = self.config.layer_types
-        masks = {kind: cache.layers[self.config.owner(kind)].mask(span) for kind in set(kinds)}
+        masks = {kind: cache.attention(self.config.owner(kind)).mask(span) for kind in set(kinds)}
         seen: dict[str, Visible] = {}
         for i, (layer, kind) in enumerate(zip(self.layers, kinds, strict=True)):
-            own = cache.layers[i] if i < self.config.first_shared else None
+            own = cache.attention(i) if i < self.config.first_shared else None
             h, seen[kind] = layer(h, own, seen.get(kind), masks[kind], span, per_layer[i])
         return self.norm(h)
 
@@ -415,7 +402,7 @@ class Model(nn.Module):
     @property
     def nbytes(self) -> int:
         """Bytes of the weights."""
-        return weight_bytes(self)
+        return base.weight_bytes(self)
 
     def make_cache(self) -> Cache:
         kinds = self.config.layer_types[: self.config.first_shared]
@@ -437,17 +424,11 @@ class Model(nn.Module):
         """Parameters of this model out of a checkpoint's tensors: text only, experts split, duplicates left out."""
         kept: dict[str, mx.array] = {}
         for given, array in weights.items():
-            name = rename(given)
+            name = _rename(given)
             if name.startswith(_OTHER_MODALITIES) or _is_ballast(name, self.config):
                 continue
-            kept.update(_split_experts(name, array))
+            kept.update(base.split_experts(name, array, "experts.switch_glu"))
         return kept
-
-
-def weight_bytes(module: nn.Module) -> int:
-    """Bytes of a module's parameters."""
-    parameters: dict[str, mx.array] = dict(tree_flatten(module.parameters()))
-    return sum(array.nbytes for array in parameters.values())
 
 
 _OTHER_MODALITIES = (
@@ -460,18 +441,10 @@ _OTHER_MODALITIES = (
 )
 
 
-def rename(name: str) -> str:
-    """A tensor or module name without the wrapper around the text model.
-
-    >>> rename("model.language_model.norm.weight"), rename("language_model.model.norm.weight")
-    ('model.norm.weight', 'model.norm.weight')
-    """
-    if name.startswith("language_model."):  # converted by mlx-lm
-        return name.removeprefix("language_model.")
+def _rename(name: str) -> str:
+    """A tensor's name without the wrapper around the text model, or around the other modalities."""
     inner = name.removeprefix("model.")
-    if inner.startswith("language_model."):  # released
-        return "model." + inner.removeprefix("language_model.")
-    return inner if inner.startswith(_OTHER_MODALITIES) else name
+    return inner if inner.startswith(_OTHER_MODALITIES) else base.rename(name)
 
 
 def _is_ballast(name: str, config: TextConfig) -> bool:
@@ -483,16 +456,3 @@ def _is_ballast(name: str, config: TextConfig) -> bool:
         return True
     shared = parts[:2] == ["model", "layers"] and parts[2].isdigit() and int(parts[2]) >= config.first_shared
     return shared and any(part in parts for part in ("k_proj", "v_proj", "k_norm"))
-
-
-def _split_experts(name: str, array: mx.array) -> Iterator[tuple[str, mx.array]]:
-    """Released files pack the experts' gate and up projections into one tensor, gate first."""
-    if name.endswith(".experts.gate_up_proj"):
-        base = name.removesuffix("gate_up_proj") + "switch_glu."
-        gate, up = mx.split(array, 2, axis=-2)
-        yield base + "gate_proj.weight", mx.contiguous(gate)
-        yield base + "up_proj.weight", mx.contiguous(up)
-    elif name.endswith(".experts.down_proj"):
-        yield name.removesuffix("down_proj") + "switch_glu.down_proj.weight", array
-    else:
-        yield name, array

@@ -12,7 +12,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mtp_mlx.cache import MAX_BLOCK, Cache
-from mtp_mlx.models.gemma4 import DecoderLayer, TextConfig, weight_bytes
+from mtp_mlx.models.base import weight_bytes
+from mtp_mlx.models.gemma4 import DecoderLayer, TextConfig
 from mtp_mlx.models.gemma4 import Model as Gemma4
 from mtp_mlx.types import Draft, Mask, Output, Span, Visible
 
@@ -166,7 +167,7 @@ class Assistant:
     def start(self, cache: Cache) -> State:
         return State(cache, None)
 
-    def advance(self, state: State, tokens: mx.array, output: Output, count: mx.array) -> State:
+    def advance(self, state: State, tokens: mx.array, span: Span, output: Output, count: mx.array) -> State:
         last = mx.take_along_axis(output.hidden, count[:, None, None], axis=1)  # (B, 1, D)
         return State(state.cache, last)
 
@@ -193,7 +194,7 @@ class Assistant:
         """The target's last sliding and last full layer: all that its newest kept token can see there."""
         newest = Span(cache.position - 1, 1)
         kinds = set(self.network.config.text.layer_types)
-        layers = {kind: cache.layers[self.target.config.owner(kind)] for kind in kinds}
+        layers = {kind: cache.attention(self.target.config.owner(kind)) for kind in kinds}
         return {kind: (layer.stored(), layer.mask(newest)) for kind, layer in layers.items()}
 
 

@@ -1,10 +1,13 @@
-"""Key/value buffers of fixed capacity, with the position on the device.
+"""What a sequence leaves in memory: buffers of fixed capacity with the position on the device, and recurrent states.
 
-A rejected draft is never removed: it lies beyond the position, where no mask lets anybody see it, and the
-next block overwrites it. So `commit` is one addition, and shapes stay the same from round to round.
+A rejected draft is never removed from a buffer: it lies beyond the position, where no mask lets anybody see it,
+and the next block overwrites it. So `commit` is one addition there, and shapes stay the same from round to round.
+A recurrent state has swallowed the draft; it is made again from the state before the block.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import mlx.core as mx
 
@@ -40,13 +43,36 @@ class Cache:
             for layer in self.layers:
                 layer.reserve(self.capacity)
 
+    def attach(self, layer: LayerCache) -> None:
+        """Add a layer that is not the target's own: what a drafter remembers of the same tokens."""
+        layer.reserve(self.capacity)
+        self.layers.append(layer)
+
+    def attention(self, i: int) -> "KeyValueCache":
+        """Layer i, which has keys and values."""
+        layer = self.layers[i]
+        assert isinstance(layer, KeyValueCache), f"layer {i} is a {type(layer).__name__}"
+        return layer
+
+    def recurrent(self, i: int) -> "RecurrentCache":
+        """Layer i, which has a recurrent state."""
+        layer = self.layers[i]
+        assert isinstance(layer, RecurrentCache), f"layer {i} is a {type(layer).__name__}"
+        return layer
+
     def span(self, length: int) -> Span:
         """The block of `length` tokens that comes next."""
         return Span(self.position, length)
 
     def commit(self, count: mx.array | int) -> None:
-        """Keep the first `count` rows, (B,), of the block last written; the others are as good as gone."""
+        """Keep the first `count` rows of the block last written, (B,) or the same number for all.
+
+        The others are as good as gone. A host that knows the number should give it as an integer: where it is
+        all rows, nothing has to be done again.
+        """
         self.position = self.position + count
+        for layer in self.layers:
+            layer.commit(count)
 
     def arrays(self) -> list[mx.array]:
         """Everything that has to be evaluated at the end of a round."""
@@ -104,14 +130,44 @@ def _enlarged(buffer: mx.array, capacity: int) -> mx.array:
     return mx.concatenate([buffer, _empty(buffer, capacity - buffer.shape[2])], axis=2)
 
 
-class FullCache:
+class KeyValueCache(ABC):
+    """The keys and values of one attention layer, and who may see them."""
+
+    def __init__(self, capacity: int) -> None:
+        self._buffers = _Buffers(capacity)
+
+    @abstractmethod
+    def reserve(self, rows: int) -> None:
+        """Make room for positions 0 .. rows-1; called by the host between rounds."""
+
+    @abstractmethod
+    def write(self, keys: mx.array, values: mx.array, span: Span) -> Visible:
+        """Store a block's rows, (B, H, L, head size), and return all that the block may look at."""
+
+    @abstractmethod
+    def mask(self, span: Span) -> Mask:
+        """Which of the rows that `write` (or `stored`) returns each token of the block may see."""
+
+    def commit(self, count: mx.array | int) -> None:
+        """Nothing to do: what is not kept lies beyond the position."""
+
+    def stored(self) -> Visible:
+        """The buffers themselves, never a copy: what a drafter that shares the target's cache reads."""
+        return self._buffers.stored()
+
+    def arrays(self) -> list[mx.array]:
+        return self._buffers.arrays()
+
+
+class FullCache(KeyValueCache):
     """Every token's keys and values: slot = position."""
 
     def __init__(self) -> None:
-        self._buffers = _Buffers(SMALLEST)
+        super().__init__(SMALLEST)
 
     def reserve(self, rows: int) -> None:
-        self._buffers.grow(rows)
+        if rows > self._buffers.capacity:
+            self._buffers.grow(rows)
 
     def write(self, keys: mx.array, values: mx.array, span: Span) -> Visible:
         if isinstance(span.start, int):
@@ -129,14 +185,8 @@ class FullCache:
         slots = mx.arange(self._buffers.capacity)
         return (slots <= span.positions()[..., None])[:, None]  # (B, 1, L, S)
 
-    def stored(self) -> Visible:
-        return self._buffers.stored()
 
-    def arrays(self) -> list[mx.array]:
-        return self._buffers.arrays()
-
-
-class SlidingCache:
+class SlidingCache(KeyValueCache):
     """The last `window` tokens' keys and values, in a ring: slot = position mod size.
 
     A query at position q sees the positions q - window < p <= q. The ring is longer than the window by the
@@ -146,7 +196,7 @@ class SlidingCache:
     def __init__(self, window: int) -> None:
         self.window = window
         self.size = window + MAX_BLOCK
-        self._buffers = _Buffers(self.size)
+        super().__init__(self.size)
 
     def reserve(self, rows: int) -> None:
         """A ring has its final size from the start."""
@@ -196,8 +246,87 @@ class SlidingCache:
     def _slots(self, start: int, end: int) -> mx.array:
         return mx.arange(start, end) % self.size
 
-    def stored(self) -> Visible:
-        return self._buffers.stored()
+
+class _Recurrence(NamedTuple):
+    """What a block put into a recurrent layer, so that its first rows can be put in again without the others."""
+
+    rows: mx.array  # (B, kernel-1 + L, C) input of the convolution, the rows before the block included
+    keys: mx.array  # (B, L, Hk, Dk)
+    values: mx.array  # (B, L, Hv, Dv)
+    decay: mx.array  # (B, L, Hv)
+    beta: mx.array  # (B, L, Hv)
+    after: mx.array  # (B, Hv, Dv, Dk) the state with every row in it
+
+
+class RecurrentCache:
+    """State of a gated delta rule layer (Yang et al. 2024, arXiv 2412.06464) and of the convolution before it.
+
+    A block leaves the state before it alone. `commit` then takes the state after the block if all rows are kept;
+    otherwise it runs the recurrence once more over the kept rows, from the inputs the block left here: one kernel,
+    no projection. State and decay are float32.
+    """
+
+    def __init__(self, kernel: int) -> None:
+        self._reach = kernel - 1  # rows before a token that its convolution sees
+        self._tail: mx.array | None = None  # (B, kernel-1, C)
+        self._state: mx.array | None = None  # (B, Hv, Dv, Dk)
+        self._rows: mx.array | None = None  # (B, kernel-1 + L, C)
+        self._block: _Recurrence | None = None
+
+    def reserve(self, rows: int) -> None:
+        """The state has its final size from the start."""
+
+    def extend(self, rows: mx.array) -> mx.array:
+        """A block's rows (B, L, C) behind those that its convolution also sees, (B, kernel-1 + L, C)."""
+        if self._tail is None:
+            self._tail = mx.zeros((rows.shape[0], self._reach, rows.shape[2]), rows.dtype)
+        self._rows = mx.concatenate([self._tail, rows], axis=1)
+        return self._rows
+
+    def recur(
+        self, queries: mx.array, keys: mx.array, values: mx.array, decay: mx.array, beta: mx.array
+    ) -> mx.array:
+        """What the queries (B, L, Hk, Dk) read out row by row, (B, L, Hv, Dv).
+
+        Each row decays the state, corrects what `keys` (B, L, Hk, Dk) retrieve towards `values` (B, L, Hv, Dv)
+        by the share `beta` (B, L, Hv), then reads.
+        """
+        if self._state is None:
+            B, _, Hv, Dv = values.shape
+            self._state = mx.zeros((B, Hv, Dv, keys.shape[-1]), mx.float32)
+        read, after = _gated_delta(queries, keys, values, decay, beta, self._state)
+        assert self._rows is not None, "the block's convolution comes first"
+        self._block = _Recurrence(self._rows, keys, values, decay, beta, after)
+        return read.astype(values.dtype)
+
+    def commit(self, count: mx.array | int) -> None:
+        assert self._block is not None, "nothing has been written since the last commit"
+        rows, keys, values, decay, beta, after = self._block
+        length = keys.shape[1]
+        kept = mx.array(count).reshape(-1, 1)  # (B, 1) or (1, 1)
+        if isinstance(count, int) and count == length:
+            self._state = after
+        else:
+            lost = (mx.arange(length) >= kept)[..., None]  # (B, L, 1)
+            # A row without decay and without a correction leaves the state as it is, to the bit.
+            decay, beta = mx.where(lost, 1.0, decay), mx.where(lost, 0.0, beta)
+            _, self._state = _gated_delta(keys, keys, values, decay, beta, self._state)
+        # A copy: a slice would keep the rows of a whole prompt chunk alive.
+        self._tail = mx.take_along_axis(rows, (kept + mx.arange(self._reach))[..., None], axis=1)
+        self._rows = self._block = None
 
     def arrays(self) -> list[mx.array]:
-        return self._buffers.arrays()
+        held = [self._tail, self._state, *(self._block or ())]
+        return [array for array in held if array is not None]
+
+
+def _gated_delta(
+    queries: mx.array, keys: mx.array, values: mx.array, decay: mx.array, beta: mx.array, state: mx.array | None
+) -> list[mx.array]:
+    """What is read, and the state afterwards; float32 throughout.
+
+    Given bfloat16 rows, MLX rounds the decay to bfloat16 as well: 0.999 becomes 1, and a memory that should fade
+    stays (docs/performance.md has the figures).
+    """
+    rows = [array.astype(mx.float32) for array in (queries, keys, values, decay, beta)]
+    return mx.fast.gated_delta_update(*rows, state)

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -19,10 +19,11 @@ INDEX = "model.safetensors.index.json"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One folder in the Hugging Face layout, released or converted to MLX."""
+    """One folder in the Hugging Face layout, released or converted to MLX; or a single file with another's config."""
 
     folder: Path
     config: Mapping[str, Any]
+    file: Path | None = None  # where the tensors are, if not in the files that the folder's index names
 
     @classmethod
     def open(cls, folder: Path) -> "Checkpoint":
@@ -54,8 +55,16 @@ class Checkpoint:
                 return found
         return None
 
+    @property
+    def name(self) -> str:
+        """What an error calls it."""
+        return str(self.file or self.folder)
+
     def shards(self) -> list[Path]:
         """The weight files, each with a readable header and its full length."""
+        if self.file is not None:
+            _check_file(self.file)
+            return [self.file]
         index = self.folder / INDEX
         if index.is_file():
             shards = _object(_read_json(index).get("weight_map"), f"weight_map of {index}").values()
@@ -71,6 +80,10 @@ class Checkpoint:
                 raise CheckpointError(f"{index} names the shard {name!r}, which is outside the folder; refused")
             _check_file(self.folder / name)
         return [self.folder / name for name in names]
+
+    def names(self) -> set[str]:
+        """Every tensor's name, from the files' headers."""
+        return {name for shard in self.shards() for name in read_header(shard).names}
 
     def tensors(self) -> dict[str, mx.array]:
         """Every tensor by name, read lazily."""
@@ -89,21 +102,25 @@ class Checkpoint:
         model: nn.Module,
         sanitize: Callable[[Mapping[str, mx.array]], dict[str, mx.array]],
         dtype: mx.Dtype | None = None,
+        exact: tuple[str, ...] = (),
     ) -> None:
         """Put the checkpoint's tensors into a model, quantising its modules as the checkpoint is.
 
-        `dtype` recasts the floating-point ones. Raises CheckpointError for missing, unknown or misshapen
-        tensors, and for a dtype that this machine cannot compute with.
+        `dtype` recasts the floating-point ones, but those whose names end in one of `exact`. Raises CheckpointError
+        for missing, unknown or misshapen tensors, and for a dtype that this machine cannot compute with.
         """
+        tensors = self.tensors()
+        if dtype is not None:
+            # Before anything is computed from them, so that it is computed in that precision.
+            floats = (name for name, array in tensors.items() if mx.issubdtype(array.dtype, mx.floating))
+            tensors |= {name: tensors[name].astype(dtype) for name in floats if not name.endswith(exact)}
         try:
-            weights = sanitize(self.tensors())
+            weights = sanitize(tensors)
         except ValueError as error:
-            raise CheckpointError(f"{self.folder} holds a tensor of an unexpected shape: {error}") from error
-        quantise_like(model, weights, self.quantization(), self.folder)
+            raise CheckpointError(f"{self.name} holds a tensor of an unexpected shape: {error}") from error
+        quantise_like(model, weights, self.quantization(), self.name)
         self._check_names(model, weights)
         model.load_weights(list(weights.items()))
-        if dtype is not None:
-            model.set_dtype(dtype)
         model.eval()
         self._check_experts(model)
         mx.eval(model.parameters())
@@ -129,24 +146,24 @@ class Checkpoint:
         missing, unknown = sorted(wanted.keys() - weights.keys()), sorted(weights.keys() - wanted.keys())
         if missing:
             raise CheckpointError(
-                f"{self.folder} lacks {_some(missing)} that its config calls for; download it again, or check "
+                f"{self.name} lacks {_some(missing)} that its config calls for; download it again, or check "
                 "that config.json belongs to these weights"
             )
         if unknown:
             raise CheckpointError(
-                f"{self.folder} has {_some(unknown)} that model_type {self.model_type!r} does not know; the "
+                f"{self.name} has {_some(unknown)} that model_type {self.model_type!r} does not know; the "
                 "config belongs to another model, or the format is newer than this program"
             )
         for name, array in weights.items():
             floats = [mx.issubdtype(a.dtype, mx.floating) for a in (array, wanted[name])]
             if floats[0] != floats[1]:
                 raise CheckpointError(
-                    f"{self.folder}: {name} is {array.dtype}, expected {wanted[name].dtype}; if these weights are "
+                    f"{self.name}: {name} is {array.dtype}, expected {wanted[name].dtype}; if these weights are "
                     "quantised, use an MLX conversion"
                 )
             if array.shape != wanted[name].shape:
                 raise CheckpointError(
-                    f"{self.folder}: {name} has shape {array.shape}, its config means {wanted[name].shape}"
+                    f"{self.name}: {name} has shape {array.shape}, its config means {wanted[name].shape}"
                 )
 
     def _check_experts(self, model: nn.Module) -> None:
@@ -155,35 +172,60 @@ class Checkpoint:
         for module in model.modules():
             if isinstance(module, SwitchLinear) and module.weight.dtype != mx.float32:
                 raise CheckpointError(
-                    f"{self.folder} is a mixture of experts in {module.weight.dtype}, and MLX's CPU backend "
+                    f"{self.name} is a mixture of experts in {module.weight.dtype}, and MLX's CPU backend "
                     "multiplies experts in float32 only; use --dtype float32, or a quantised checkpoint"
                 )
 
 
 def quantise_like(
-    model: nn.Module, weights: Mapping[str, mx.array], quantization: Mapping[str, Any] | None, folder: Path
+    model: nn.Module, weights: Mapping[str, mx.array], quantization: Mapping[str, Any] | None, name: str
 ) -> None:
     """Turn those modules into quantised ones for which the checkpoint has scales."""
-    if not any(name.endswith(".scales") for name in weights):
+    if not any(tensor.endswith(".scales") for tensor in weights):
         return
-    if quantization is None:
-        raise CheckpointError(f"{folder} holds quantised tensors but its config.json has no quantization entry")
-    default = {key: value for key, value in quantization.items() if key in ("group_size", "bits", "mode")}
-    layers = {key: value for key, value in quantization.items() if isinstance(value, dict)}
+    default = {key: value for key, value in (quantization or {}).items() if key in ("group_size", "bits", "mode")}
+    layers = {key: value for key, value in (quantization or {}).items() if isinstance(value, dict)}
 
     def choice(path: str, module: nn.Module) -> bool | dict[str, Any]:
         if f"{path}.scales" not in weights:
             return False
-        # A layer's own entry stands alone, as in mlx-lm: what it leaves out is MLX's default, not the model's.
-        return next((layers[prefix + path] for prefix in _WRAPPERS if prefix + path in layers), default)
+        for prefix in _WRAPPERS:
+            # A layer's own entry stands alone, as in mlx-lm: what it leaves out is MLX's default, not the model's.
+            if prefix + path in layers:
+                return cast(dict[str, Any], layers[prefix + path])
+        if f"{path}.biases" in weights:
+            return _affine(module.weight.shape[-1], weights[f"{path}.weight"], weights[f"{path}.scales"])
+        if not default:
+            raise CheckpointError(f"{name} holds quantised tensors but its config.json has no quantization entry")
+        return default
 
     try:
         nn.quantize(model, class_predicate=choice)
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{folder}: this MLX cannot read its quantisation {default}: {error}") from error
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise CheckpointError(f"{name}: this MLX cannot read its quantisation {default}: {error}") from error
 
 
-_WRAPPERS = ("", "language_model.")
+def _affine(width: int, packed: mx.array, scales: mx.array) -> dict[str, Any]:
+    """The settings of an affine quantisation, as its shapes say: a sidecar's need not be those of the config."""
+    return {"group_size": width // scales.shape[-1], "bits": 32 * packed.shape[-1] // width, "mode": "affine"}
+
+
+_WRAPPERS = ("", "language_model.", "mtp.", "language_model.mtp.")
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a safetensors file says of itself."""
+
+    names: frozenset[str]
+    format: str | None  # "pt", "mlx"; many writers leave it out
+
+
+def read_header(path: Path) -> Header:
+    """The header of one weight file. Raises CheckpointError for a file that is damaged or cannot be read."""
+    _check_file(path)
+    with safe_open(path, framework="numpy") as file:
+        return Header(frozenset(file.keys()), (file.metadata() or {}).get("format"))
 
 
 def _check_file(path: Path) -> None:

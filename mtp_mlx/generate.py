@@ -76,6 +76,7 @@ def stream_generate(
                 stats = replace(stats, ttft_seconds=time.perf_counter() - began)
                 progress(len(ids), len(ids))
             result = emitter.until_stop(whole)
+            sequence.keep(len(result.tokens))
             stats = stats.after(result, policy, sequence.cache.nbytes, mx.get_peak_memory())
             yield from emitter.responses(result, stats)
             if emitter.finished:

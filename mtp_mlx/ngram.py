@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from mtp_mlx.cache import Cache
-from mtp_mlx.types import Draft, Output
+from mtp_mlx.types import Draft, Output, Span
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class NoDrafter:
     def start(self, cache: Cache) -> None:
         return None
 
-    def advance(self, state: None, tokens: mx.array, output: Output, count: mx.array) -> None:
+    def advance(self, state: None, tokens: mx.array, span: Span, output: Output, count: mx.array) -> None:
         return None
 
     def draft(self, state: None, last: mx.array, k: int) -> Draft:

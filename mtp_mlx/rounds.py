@@ -5,7 +5,7 @@ Plain decoding is the same loop with nothing drafted. A round is built lazily an
 
 import time
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 
@@ -13,7 +13,7 @@ from mtp_mlx.accept import accept, normalise
 from mtp_mlx.depth import Depth
 from mtp_mlx.errors import MTPError
 from mtp_mlx.sampling import Sampler
-from mtp_mlx.types import Draft, Output, Pair, Span
+from mtp_mlx.types import Output, Pair, Span
 
 Progress = Callable[[int, int], None]  # prompt tokens read so far, all prompt tokens
 
@@ -26,6 +26,7 @@ class Times(NamedTuple):
 
     total: float
     host: float  # building the graph and looking at the result
+    commit: float | None  # what keeping a part of the block before costs caches and drafter
     draft: float | None
     verify: float | None
 
@@ -44,10 +45,20 @@ class Round(NamedTuple):
         return self._replace(tokens=self.tokens[:n], accepted=min(self.accepted, n))
 
 
+class _Block(NamedTuple):
+    """Rows that the target has read and nobody has committed yet."""
+
+    tokens: mx.array  # (B, L)
+    span: Span
+    output: Output
+    kept: int  # how many of the rows are to be committed
+
+
 class Sequence:
     """One sequence being decoded: the target's cache, the drafter's state, and the newest token.
 
-    The newest token, `last`, is the only one that is not in the cache yet.
+    The newest token, `last`, is the only one that no block has read yet. The rows of the newest block are
+    committed when the next one is begun; until then `keep` can still cut it shorter.
     """
 
     def __init__(self, pair: Pair, sampler: Sampler):
@@ -55,34 +66,45 @@ class Sequence:
         self.sampler = sampler
         self.cache = pair.target.make_cache()
         self.state = pair.drafter.start(self.cache)
-        self.last = mx.zeros((1,), mx.int32)  # (B,)
-        self.length = 0  # tokens in the cache, as the host knows it
-        self.ready = False  # whether the drafter has been told of any token yet
+        self.last: mx.array | None = None  # (B,)
+        self.length = 0  # tokens before `last`
+        self.ready = False  # whether the drafter has been told of the token before `last`
+        self._block: _Block | None = None
 
     def prefill(self, prompt: list[int], step: int, progress: Progress) -> None:
-        """Read a prompt, `step` tokens at a time, up to its last token, which the first round will read."""
+        """Read a prompt, or what follows in a conversation, up to its last token, which the first round will read.
+
+        `step` tokens are read at a time.
+        """
+        self._commit()
         tokens = mx.array(prompt, mx.int32)[None]  # (1, P)
-        known = len(prompt) - 1
-        self.cache.reserve(len(prompt))
+        if self.last is not None:
+            tokens = mx.concatenate([self.last[:, None], tokens], axis=1)
+        known = tokens.shape[1] - 1
+        self.cache.reserve(self.length + known + 1)
         progress(0, len(prompt))
         for start in range(0, known, step):
             chunk = tokens[:, start : min(start + step, known)]
-            length = chunk.shape[1]
-            output = self.pair.target(chunk, self.cache, Span(start, length))
-            self.cache.commit(length)
-            if self.pair.drafter.reads_prompt:
-                self._advance(chunk, output, mx.array([length - 1]))
+            span = Span(self.length, chunk.shape[1])
+            output = self.pair.target(chunk, self.cache, span)
+            self.ready = self.pair.drafter.reads_prompt
+            self._block = _Block(chunk, span, output, span.length)
+            self.length += span.length
+            self._commit()
             mx.eval(self.cache.arrays(), self.state)
             mx.clear_cache()
-            progress(start + length, len(prompt))
-        self.length, self.last = known, tokens[:, -1]
+            progress(start + span.length, len(prompt))
+        self.last = tokens[:, -1]
 
     def round(self, k: int, split: bool = False) -> Round:
         """Draft k tokens and verify them. `split` waits in between, so that the phases can be timed."""
+        assert self.last is not None, "a prompt comes first"
         began = time.perf_counter()
         target, drafter, cache = self.pair.target, self.pair.drafter, self.cache
-        cache.reserve(self.length + k + 1)
+        self._commit()
+        committing = _seconds_to_evaluate(cache.arrays(), self.state) if split else 0.0
 
+        cache.reserve(self.length + k + 1)
         draft = drafter.draft(self.state, self.last, k)  # (B, k)
         drafting = _seconds_to_evaluate(draft) if split else 0.0
 
@@ -91,17 +113,12 @@ class Sequence:
         output = target(block, cache, span)
         logprobs = normalise(output.logits)  # (B, k+1, V)
         kept = accept(draft, logprobs, span.positions() + 1, self.sampler)
-        cache.commit(kept.count + 1)
-        self._advance(block, output, kept.count)
-        self.last = mx.take_along_axis(kept.tokens, kept.count[:, None], axis=1)[:, 0]
 
         # Rows after the first wrong draft continue a text that nobody wrote; they may be as they like.
         finite = mx.isfinite(mx.take_along_axis(logprobs, kept.tokens[..., None], axis=-1))[..., 0]
         healthy = (finite | (mx.arange(k + 1) > kept.count[:, None])).all()
         report = mx.concatenate([kept.count, healthy[None].astype(mx.int32), kept.tokens[0]])
-        built = time.perf_counter()
-        mx.eval(report, self.last, logprobs, cache.arrays(), self.state)
-        verifying = time.perf_counter() - built
+        verifying = _seconds_to_evaluate(report, logprobs, output.hidden, cache.arrays(), self.state)
 
         count, sound, *tokens = cast(list[int], report.tolist())  # the one read
         if not sound:
@@ -109,20 +126,37 @@ class Sequence:
                 f"the model's logits after {self.length} tokens are not finite; the checkpoint or its "
                 "quantisation is damaged"
             )
+        self._block = _Block(block, span, output, count + 1)
         self.length += count + 1
+        self.last, self.ready = kept.tokens[:, count], True
         total = time.perf_counter() - began
-        host = total - verifying - drafting
-        times = Times(total, host, drafting if split else None, verifying if split else None)
+        phases = (committing, drafting, verifying)
+        times = Times(total, total - sum(phases), *(phases if split else (None,) * 3))
         return Round(tokens[: count + 1], k, count, logprobs[0], times)
 
-    def _advance(self, tokens: mx.array, output: Output, count: mx.array) -> None:
-        self.state = self.pair.drafter.advance(self.state, tokens, output, count)
-        self.ready = True
+    def keep(self, n: int) -> None:
+        """Let the newest round have ended with its n-th token; those after it have never been written."""
+        assert self._block is not None and 0 < n <= self._block.kept, f"the newest round has no token {n}"
+        tokens, _, _, kept = self._block
+        if n < kept:
+            self.length -= kept - n
+            self.last = tokens[:, n]  # an accepted draft is what the target chose
+            self._block = self._block._replace(kept=n)
+
+    def _commit(self) -> None:
+        """Keep what is right of the newest block, in the target's cache and in the drafter's state."""
+        if self._block is None:
+            return
+        tokens, span, output, kept = self._block
+        self.cache.commit(kept)
+        if self.ready:
+            self.state = self.pair.drafter.advance(self.state, tokens, span, output, mx.array([kept - 1]))
+        self._block = None
 
 
-def _seconds_to_evaluate(draft: Draft) -> float:
+def _seconds_to_evaluate(*arrays: Any) -> float:
     began = time.perf_counter()
-    mx.eval(draft.tokens)
+    mx.eval(arrays)
     return time.perf_counter() - began
 
 

@@ -47,6 +47,7 @@ class Stats:
     accepted: int = 0
     reached_per_position: tuple[int, ...] = ()  # drafts made at each position
     accepted_at_position: tuple[int, ...] = ()  # of those, how many were kept
+    commit: Phase = field(default_factory=Phase)
     draft: Phase = field(default_factory=Phase)
     verify: Phase = field(default_factory=Phase)
     host: Phase = field(default_factory=Phase)
@@ -59,7 +60,8 @@ class Stats:
         drafted, accepted = result.drafted, result.accepted
         positions = range(max(drafted, len(self.reached_per_position)))
         # Phases are those of rounds at the depth in use: a mean over several depths would describe none.
-        past = (self.draft, self.verify, self.host) if depth.k == self.depth else (Phase(), Phase(), Phase())
+        same = depth.k == self.depth
+        commit, draft, verify, host = (self.commit, self.draft, self.verify, self.host) if same else (Phase(),) * 4
         times = result.times if drafted == depth.k else None
         return replace(
             self,
@@ -70,9 +72,10 @@ class Stats:
             accepted=self.accepted + accepted,
             reached_per_position=tuple(_at(self.reached_per_position, j) + (j < drafted) for j in positions),
             accepted_at_position=tuple(_at(self.accepted_at_position, j) + (j < accepted) for j in positions),
-            draft=past[0].add(times and times.draft),
-            verify=past[1].add(times and times.verify),
-            host=past[2].add(times.host if times and times.draft is not None else None),
+            commit=commit.add(times and times.commit),
+            draft=draft.add(times and times.draft),
+            verify=verify.add(times and times.verify),
+            host=host.add(times.host if times and times.draft is not None else None),
             depth=depth.k,
             depth_reason=depth.reason(),
             memory=replace(self.memory, cache=cache_bytes, peak=peak_bytes),
@@ -110,6 +113,7 @@ class Stats:
             "drafted": self.drafted,
             "accepted": self.accepted,
             "accepted_per_position": self.accepted_per_position,
+            "commit_ms": self.commit.ms,
             "draft_ms": self.draft.ms,
             "verify_ms": self.verify.ms,
             "host_ms": self.host.ms,

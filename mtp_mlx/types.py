@@ -40,22 +40,14 @@ Mask = mx.array | str | None  # what mx.fast.scaled_dot_product_attention takes
 
 
 class LayerCache(Protocol):
-    """The keys and values of one attention layer, and who may see them."""
+    """What one layer remembers of a sequence: keys and values, or a recurrent state."""
 
     def reserve(self, rows: int) -> None:
         """Make room for positions 0 .. rows-1; called by the host between rounds."""
         ...
 
-    def write(self, keys: mx.array, values: mx.array, span: Span) -> Visible:
-        """Store a block's rows, (B, H, L, head size), and return all that the block may look at."""
-        ...
-
-    def mask(self, span: Span) -> Mask:
-        """Which of the rows that `write` (or `stored`) returns each token of the block may see."""
-        ...
-
-    def stored(self) -> Visible:
-        """The buffers themselves, never a copy: what a drafter that shares the target's cache reads."""
+    def commit(self, count: mx.array | int) -> None:
+        """Keep the first `count` rows of the block last written, (B,) or the same number for all."""
         ...
 
     def arrays(self) -> list[mx.array]:
@@ -131,11 +123,14 @@ class Drafter(Protocol):
         ...
 
     def start(self, cache: "Cache") -> Any:
-        """The state of a sequence of which nothing has been read yet."""
+        """The state of a sequence of which nothing has been read yet.
+
+        A drafter with keys and values of its own attaches their layer to the target's cache.
+        """
         ...
 
-    def advance(self, state: Any, tokens: mx.array, output: Output, count: mx.array) -> Any:
-        """Learn that tokens[:, : count+1] of a block are now in the target's cache, with these outputs."""
+    def advance(self, state: Any, tokens: mx.array, span: Span, output: Output, count: mx.array) -> Any:
+        """Learn that tokens[:, : count+1] of the block at `span` are now in the target's cache, with these outputs."""
         ...
 
     def draft(self, state: Any, last: mx.array, k: int) -> Draft:

@@ -78,7 +78,7 @@ class DialledDrafter:
     def start(self, cache: Cache) -> Cache:
         return cache
 
-    def advance(self, state: Cache, tokens: mx.array, output: Output, count: mx.array) -> Cache:
+    def advance(self, state: Cache, tokens: mx.array, span: Span, output: Output, count: mx.array) -> Cache:
         return state
 
     def draft(self, state: Cache, last: mx.array, k: int) -> Draft:

@@ -64,9 +64,10 @@ def test_drafts_after_a_partly_accepted_round_equal_transformers(variant: str, k
     first = bonus - kept - 1  # the block holds the true tokens first..bonus-1, then wrong ones up to five rows
     _, cache = teacher_forced(assistant.target, tokens[:first], first, [1])
     block = mx.array([tokens[first:bonus] + [7] * (4 - kept)])
-    output = assistant.target(block, cache, cache.span(5))
+    span = cache.span(5)
+    output = assistant.target(block, cache, span)
     cache.commit(mx.array([kept + 1]))
-    state = assistant.advance(assistant.start(cache), block, output, mx.array([kept]))
+    state = assistant.advance(assistant.start(cache), block, span, output, mx.array([kept]))
     drafted = assistant.draft(state, mx.array([tokens[bonus]]), 4).tokens
     assert drafted[0].tolist() == expected["assistant_p_tokens"][place].tolist()
 

@@ -16,16 +16,17 @@ def _round(tokens: int, drafted: int, times: Times) -> Round:
 
 def test_figures_of_three_rounds() -> None:
     stats = Stats(10, ttft_seconds=0.5, memory=Memory(target=7))
-    whole, split = Times(0.1, 0.02, None, None), Times(0.2, 0.04, 0.06, 0.10)
+    whole, split = Times(0.1, 0.02, None, None, None), Times(0.21, 0.04, 0.01, 0.06, 0.10)
     for result in (_round(4, 3, whole), _round(1, 3, split), _round(2, 1, whole)):
         stats = stats.after(result, Fixed(3), cache_bytes=11, peak_bytes=13)
     figures = stats.figures()
     assert figures["generation_tokens"] == 7 and figures["rounds"] == 3
     assert figures["tokens_per_round"] == pytest.approx(7 / 3)
-    assert figures["generation_tps"] == pytest.approx(7 / 0.4)
+    assert figures["generation_tps"] == pytest.approx(7 / 0.41)
     assert figures["prompt_tps"] == pytest.approx(20)
     assert (figures["drafted"], figures["accepted"]) == (7, 4)
     assert figures["accepted_per_position"] == pytest.approx([2 / 3, 1 / 2, 1 / 2])
+    assert figures["commit_ms"] == pytest.approx(10)
     assert figures["draft_ms"] == pytest.approx(60)
     assert figures["verify_ms"] == pytest.approx(100)
     assert figures["host_ms"] == pytest.approx(40), "of the split rounds only, so that the three phases add up"
@@ -34,10 +35,10 @@ def test_figures_of_three_rounds() -> None:
 
 
 def test_a_stop_inside_an_accepted_run_cuts_the_round() -> None:
-    result = Round([5, 6, 7, 8], 3, 3, ROW, Times(0.1, 0.1, None, None))
+    result = Round([5, 6, 7, 8], 3, 3, ROW, Times(0.1, 0.1, None, None, None))
     assert result.first(2).tokens == [5, 6] and result.first(2).accepted == 2
     assert result.first(4) == result
-    corrected = Round([5, 6], 3, 1, ROW, Times(0.1, 0.1, None, None))
+    corrected = Round([5, 6], 3, 1, ROW, Times(0.1, 0.1, None, None, None))
     assert corrected.first(1).accepted == 1
 
 

@@ -1,0 +1,422 @@
+"""Qwen 3.5, 3.6 and 3.8 text model, dense and mixture of experts: three layers of gated delta rule, one of attention.
+
+Source: transformers 5.22.2, models/qwen3_5, qwen3_5_moe and qwen3_next. Parameters are named as in mlx-lm's
+qwen3_5, so that weights can be handed over. Qwen3-Next differs in how its file packs two projections.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.rope_utils import initialize_rope
+from mlx_lm.models.switch_layers import SwitchGLU
+
+from mtp_mlx.cache import Cache, FullCache, KeyValueCache, RecurrentCache
+from mtp_mlx.models import base
+from mtp_mlx.types import Mask, Output, Span, Visible
+
+LINEAR = "linear_attention"
+FULL = "full_attention"
+L2_EPS = 1e-6  # of the keys' and queries' length; no config names it
+
+_MAY_BE_ZERO = {
+    "intermediate_size",
+    "num_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "shared_expert_intermediate_size",
+    "mtp_num_hidden_layers",
+}
+# What a config may say without changing the network, the default first.
+_ONLY: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu",),
+    "attn_output_gate": (True,),
+    "attention_bias": (False, None),
+    "norm_topk_prob": (True,),
+    "decoder_sparse_step": (1,),
+    "mlp_only_layers": ([], None),
+    "mamba_ssm_dtype": ("float32", None),
+    "mtp_use_dedicated_embeddings": (False, None),
+}
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """The text part of a Qwen 3.5 config."""
+
+    hidden_size: int
+    intermediate_size: int  # 0 in a mixture of experts
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    layer_types: tuple[str, ...]
+    linear_num_key_heads: int
+    linear_num_value_heads: int
+    linear_key_head_dim: int
+    linear_value_head_dim: int
+    linear_conv_kernel_dim: int
+    rope: Mapping[str, Any]
+    max_position_embeddings: int
+    rms_norm_eps: float
+    tie_word_embeddings: bool
+    num_experts: int  # 0 in a dense model
+    num_experts_per_tok: int
+    moe_intermediate_size: int
+    shared_expert_intermediate_size: int
+    mtp_num_hidden_layers: int  # what the config promises; whether the tensors are there is another question
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> "TextConfig":
+        """Read a config.json, with or without a nested `text_config`.
+
+        Raises KeyError with the name of a key that has no default, ValueError for what cannot be computed.
+        """
+        text: Mapping[str, Any] = config.get("text_config") or config
+        base.check_choices(text, _ONLY)
+        rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+        experts = text.get("num_experts") or 0
+        return cls(
+            hidden_size=text["hidden_size"],
+            intermediate_size=text.get("intermediate_size") or 0,
+            num_attention_heads=text["num_attention_heads"],
+            num_key_value_heads=text["num_key_value_heads"],
+            head_dim=text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"],
+            vocab_size=text["vocab_size"],
+            layer_types=_layer_types(text),
+            linear_num_key_heads=text["linear_num_key_heads"],
+            linear_num_value_heads=text["linear_num_value_heads"],
+            linear_key_head_dim=text["linear_key_head_dim"],
+            linear_value_head_dim=text["linear_value_head_dim"],
+            linear_conv_kernel_dim=text.get("linear_conv_kernel_dim", 4),
+            # Older files have these two beside the table, newer ones in it.
+            rope={name: text[name] for name in ("rope_theta", "partial_rotary_factor") if name in text} | rope,
+            max_position_embeddings=text.get("max_position_embeddings", 262_144),
+            rms_norm_eps=text.get("rms_norm_eps", 1e-6),
+            tie_word_embeddings=text.get("tie_word_embeddings", config.get("tie_word_embeddings", False)),
+            num_experts=experts,
+            num_experts_per_tok=text["num_experts_per_tok"] if experts else 0,
+            moe_intermediate_size=text["moe_intermediate_size"] if experts else 0,
+            shared_expert_intermediate_size=text["shared_expert_intermediate_size"] if experts else 0,
+            mtp_num_hidden_layers=text.get("mtp_num_hidden_layers") or 0,
+        )
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a value that no network can be built from."""
+        base.check_numbers(vars(self), fields(self), _MAY_BE_ZERO)
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(f"{self.num_attention_heads} heads cannot share {self.num_key_value_heads} KV heads")
+        if self.linear_num_value_heads % self.linear_num_key_heads:
+            raise ValueError(
+                f"{self.linear_num_value_heads} linear value heads cannot share {self.linear_num_key_heads} key heads"
+            )
+        if self.num_experts and not 0 < self.num_experts_per_tok <= self.num_experts:
+            raise ValueError(f"num_experts_per_tok is {self.num_experts_per_tok}, with {self.num_experts} experts")
+        if not self.num_experts and not self.intermediate_size:
+            raise ValueError("intermediate_size is missing, and there are no experts")
+        if not self.rms_norm_eps > 0:
+            raise ValueError(f"rms_norm_eps is {self.rms_norm_eps}")
+        turned = self.rotary_size
+        if not (0 < turned <= self.head_dim and turned % 2 == 0):
+            raise ValueError(f"partial_rotary_factor turns {turned} of {self.head_dim} values of a head")
+
+    @property
+    def rotary_size(self) -> int:
+        """How many values of an attention head are turned by their position."""
+        return int(self.head_dim * self.rope.get("partial_rotary_factor", 0.25))
+
+    @property
+    def key_width(self) -> int:
+        return self.linear_num_key_heads * self.linear_key_head_dim
+
+    @property
+    def value_width(self) -> int:
+        return self.linear_num_value_heads * self.linear_value_head_dim
+
+
+def _layer_types(text: Mapping[str, Any]) -> tuple[str, ...]:
+    count = text["num_hidden_layers"]
+    given = text.get("layer_types")
+    if given is None:
+        interval = text.get("full_attention_interval") or 4
+        given = [LINEAR if (i + 1) % interval else FULL for i in range(count)]
+    if len(given) != count or not set(given) <= {LINEAR, FULL} or FULL not in given:
+        raise ValueError(f"layer_types must be {count} times {LINEAR} or {FULL}, {FULL} at least once")
+    return tuple(given)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention, its output gated, positions turned into a part of each head only."""
+
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.head_size = config.head_dim
+        self.scale = config.head_dim**-0.5
+        self.heads = config.num_attention_heads
+        width, kv_width = config.hidden_size, config.num_key_value_heads * config.head_dim
+        query_width = config.num_attention_heads * config.head_dim
+        # Each head's query and gate lie side by side.
+        self.q_proj = nn.Linear(width, 2 * query_width, bias=False)
+        self.k_proj = nn.Linear(width, kv_width, bias=False)
+        self.v_proj = nn.Linear(width, kv_width, bias=False)
+        self.o_proj = nn.Linear(query_width, width, bias=False)
+        self.q_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
+        self.k_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
+        self._rope = initialize_rope(
+            config.rotary_size,
+            base=config.rope["rope_theta"],
+            traditional=False,
+            scaling_config=dict(config.rope),
+            max_position_embeddings=config.max_position_embeddings,
+        )
+
+    def keys_and_values(self, x: mx.array, span: Span) -> Visible:
+        """The block's own rows, (B, H, L, head size), ready for the cache."""
+        keys = self.k_norm(base.split_heads(self.k_proj(x), self.head_size)).swapaxes(1, 2)
+        values = base.split_heads(self.v_proj(x), self.head_size).swapaxes(1, 2)
+        return Visible(self._rope(keys, offset=span.start), values)
+
+    def __call__(self, x: mx.array, visible: Visible, mask: Mask, span: Span) -> mx.array:
+        B, L, _ = x.shape
+        queries, gate = mx.split(self.q_proj(x).reshape(B, L, self.heads, -1), 2, axis=-1)
+        queries = self._rope(self.q_norm(queries).swapaxes(1, 2), offset=span.start)
+        out = mx.fast.scaled_dot_product_attention(queries, *visible, scale=self.scale, mask=mask)
+        return self.o_proj(out.swapaxes(1, 2).reshape(B, L, -1) * mx.sigmoid(gate.reshape(B, L, -1)))
+
+
+class GatedRMSNorm(nn.Module):
+    """Norm, then a gate; the only norm of the family whose weight is stored as it is applied."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = mx.ones((width,))
+        self.eps = eps
+
+    def __call__(self, x: mx.array, gate: mx.array) -> mx.array:
+        y = mx.fast.rms_norm(x, self.weight, self.eps).astype(mx.float32)
+        return (nn.silu(gate.astype(mx.float32)) * y).astype(x.dtype)
+
+
+class GatedDeltaNet(nn.Module):
+    """Linear attention with a state that decays and is corrected (Yang et al. 2024, arXiv 2412.06464)."""
+
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        width, self.key_width, value_width = config.hidden_size, config.key_width, config.value_width
+        self.key_size, self.value_size = config.linear_key_head_dim, config.linear_value_head_dim
+        channels, heads = 2 * self.key_width + value_width, config.linear_num_value_heads
+        self.in_proj_qkv = nn.Linear(width, channels, bias=False)
+        self.in_proj_z = nn.Linear(width, value_width, bias=False)
+        self.in_proj_b = nn.Linear(width, heads, bias=False)
+        self.in_proj_a = nn.Linear(width, heads, bias=False)
+        self.conv1d = nn.Conv1d(channels, channels, config.linear_conv_kernel_dim, groups=channels, bias=False)
+        self.dt_bias = mx.ones((heads,))
+        self.A_log = mx.zeros((heads,))
+        self.norm = GatedRMSNorm(self.value_size, eps=config.rms_norm_eps)
+        self.out_proj = nn.Linear(value_width, width, bias=False)
+
+    def __call__(self, x: mx.array, cache: RecurrentCache) -> mx.array:
+        B, L, _ = x.shape
+        mixed = nn.silu(self.conv1d(cache.extend(self.in_proj_qkv(x))))  # (B, L, C)
+        queries, keys, values = mx.split(mixed, [self.key_width, 2 * self.key_width], axis=-1)
+        queries, keys = self._unit(queries), self._unit(keys)
+        decay = mx.exp(-mx.exp(self.A_log.astype(mx.float32)) * nn.softplus(self.in_proj_a(x) + self.dt_bias))
+        read = cache.recur(
+            queries * self.key_size**-0.5,
+            keys,
+            base.split_heads(values, self.value_size),
+            decay,  # (B, L, Hv)
+            mx.sigmoid(self.in_proj_b(x)),
+        )
+        gated = self.norm(read, base.split_heads(self.in_proj_z(x), self.value_size))
+        return self.out_proj(gated.reshape(B, L, -1))
+
+    def _unit(self, x: mx.array) -> mx.array:
+        """Heads of length 1. The norm divides by the root of a mean and adds its eps there, hence the two factors."""
+        size = self.key_size
+        return mx.fast.rms_norm(base.split_heads(x, size), None, L2_EPS / size) * size**-0.5
+
+
+class MLP(nn.Module):
+    def __init__(self, width: int, inner: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(width, inner, bias=False)
+        self.up_proj = nn.Linear(width, inner, bias=False)
+        self.down_proj = nn.Linear(inner, width, bias=False)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        y: mx.array = self.down_proj(nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        return y
+
+
+class SparseMLP(nn.Module):
+    """A few of many experts, and one that sees every token."""
+
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        width = config.hidden_size
+        self.top_k = config.num_experts_per_tok
+        self.gate = nn.Linear(width, config.num_experts, bias=False)
+        self.switch_mlp = SwitchGLU(width, config.moe_intermediate_size, config.num_experts, bias=False)
+        self.shared_expert = MLP(width, config.shared_expert_intermediate_size)
+        self.shared_expert_gate = nn.Linear(width, 1, bias=False)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        scores = mx.softmax(self.gate(x), axis=-1, precise=True)  # (B, L, E)
+        chosen = mx.argpartition(scores, kth=-self.top_k, axis=-1)[..., -self.top_k :]
+        weights = mx.take_along_axis(scores, chosen, axis=-1)
+        weights = weights / weights.sum(axis=-1, keepdims=True)
+        routed = (self.switch_mlp(x, chosen) * weights[..., None]).sum(axis=-2)
+        return routed + mx.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x)
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: TextConfig, kind: str):
+        super().__init__()
+        if kind == FULL:
+            self.self_attn = Attention(config)
+        else:
+            self.linear_attn = GatedDeltaNet(config)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        sparse = config.num_experts > 0
+        self.mlp = SparseMLP(config) if sparse else MLP(config.hidden_size, config.intermediate_size)
+
+    def attend(self, h: mx.array, cache: KeyValueCache, mask: Mask, span: Span) -> mx.array:
+        """A layer of attention, (B, L, D)."""
+        x = self.input_layernorm(h)
+        visible = cache.write(*self.self_attn.keys_and_values(x, span), span)
+        return self._feed_forward(h + self.self_attn(x, visible, mask, span))
+
+    def recur(self, h: mx.array, cache: RecurrentCache) -> mx.array:
+        """A layer of linear attention, (B, L, D)."""
+        return self._feed_forward(h + self.linear_attn(self.input_layernorm(h), cache))
+
+    def _feed_forward(self, h: mx.array) -> mx.array:
+        return h + self.mlp(self.post_attention_layernorm(h))
+
+
+class TextModel(nn.Module):
+    """Embeddings, layers and final norm."""
+
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = [DecoderLayer(config, kind) for kind in config.layer_types]
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def __call__(self, tokens: mx.array, cache: Cache, span: Span) -> mx.array:
+        kinds = self.config.layer_types
+        h = self.embed_tokens(tokens)
+        mask = cache.attention(kinds.index(FULL)).mask(span)
+        for i, (layer, kind) in enumerate(zip(self.layers, kinds, strict=True)):
+            if kind == FULL:
+                h = layer.attend(h, cache.attention(i), mask, span)
+            else:
+                h = layer.recur(h, cache.recurrent(i))
+        return self.norm(h)
+
+
+class Model(nn.Module):
+    """The target: one pass gives the logits and the hidden after the final norm."""
+
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.config = config
+        self.context = config.max_position_embeddings
+        self.vocabulary = config.vocab_size
+        self.model = TextModel(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights."""
+        return base.weight_bytes(self)
+
+    def make_cache(self) -> Cache:
+        kernel = self.config.linear_conv_kernel_dim
+        return Cache([FullCache() if kind == FULL else RecurrentCache(kernel) for kind in self.config.layer_types])
+
+    def embed(self, tokens: mx.array) -> mx.array:
+        """Token embeddings, (B, L) -> (B, L, D)."""
+        return self.model.embed_tokens(tokens)
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        """The output head, (B, L, D) -> (B, L, V); the mtp head uses it too."""
+        return self.model.embed_tokens.as_linear(hidden) if self.config.tie_word_embeddings else self.lm_head(hidden)
+
+    def __call__(self, tokens: mx.array, cache: Cache, span: Span) -> Output:
+        hidden = self.model(tokens, cache, span)
+        return Output(self.logits(hidden), hidden)
+
+    def sanitize(self, weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
+        """Parameters of this model out of a checkpoint's tensors: text only, in MLX's layout, norms as applied.
+
+        Raises ValueError for a file that mixes layouts.
+        """
+        raw = is_raw(weights)
+        kept: dict[str, mx.array] = {}
+        for given, array in base.stack_experts(weights, "switch_mlp").items():
+            name = base.rename(given)
+            if _is_ballast(name, self.config):
+                continue
+            for part, value in _unpacked(name, array, self.config):
+                kept[part] = _as_applied(part, value) if raw else value
+        return kept
+
+
+def is_raw(weights: Mapping[str, mx.array]) -> bool | None:
+    """Whether a target's tensors are laid out as released, None without any that tell.
+
+    Released files hold the convolution as (C, 1, kernel) and norms as the difference from 1; MLX's hold it as
+    (C, kernel, 1) and norms as they are applied. Whoever transposes the one shifts the others in the same pass.
+    Raises ValueError where both layouts occur.
+    """
+    found = {array.shape[-1] != 1 for name, array in weights.items() if name.endswith("linear_attn.conv1d.weight")}
+    if len(found) > 1:
+        raise ValueError("its conv1d tensors are laid out partly as released and partly as MLX does")
+    return found.pop() if found else None
+
+
+# The norms of a target that are stored as a difference from 1; linear_attn.norm is not.
+_SHIFTED = re.compile(r"(^model\.norm|input_layernorm|post_attention_layernorm|self_attn\.[qk]_norm)\.weight$")
+
+
+def _as_applied(name: str, array: mx.array) -> mx.array:
+    if name.endswith("conv1d.weight"):
+        return array.swapaxes(1, 2)
+    return array + 1 if _SHIFTED.search(name) else array
+
+
+def _is_ballast(name: str, config: TextConfig) -> bool:
+    """Tensors that some checkpoints carry and the target does not need."""
+    parts = name.split(".")
+    if parts[0] == "lm_head":
+        return config.tie_word_embeddings
+    return "mtp" in parts or parts[0] in ("visual", "vision_tower") or parts[:2] == ["model", "visual"]
+
+
+def _unpacked(name: str, array: mx.array, config: TextConfig) -> Iterator[tuple[str, mx.array]]:
+    """Parts of a tensor that a file packs together."""
+    packed = re.fullmatch(r"(.*linear_attn\.)in_proj_(qkvz|ba)\.(\w+)", name)
+    if packed is None:
+        yield from base.split_experts(name, array, "switch_mlp")
+        return
+    # Qwen3-Next: rows in groups, one for each key head with the value heads that belong to it.
+    shared = config.linear_num_value_heads // config.linear_num_key_heads
+    groups = array.reshape(config.linear_num_key_heads, -1, array.shape[-1])
+    rows = lambda part: part.reshape(-1, array.shape[-1])  # noqa: E731
+    if packed[2] == "qkvz":
+        size, width = config.linear_key_head_dim, shared * config.linear_value_head_dim
+        q, k, v, z = mx.split(groups, [size, 2 * size, 2 * size + width], axis=1)
+        yield f"{packed[1]}in_proj_qkv.{packed[3]}", mx.concatenate([rows(q), rows(k), rows(v)])
+        yield f"{packed[1]}in_proj_z.{packed[3]}", rows(z)
+    else:
+        b, a = mx.split(groups, 2, axis=1)
+        yield f"{packed[1]}in_proj_b.{packed[3]}", rows(b)
+        yield f"{packed[1]}in_proj_a.{packed[3]}", rows(a)

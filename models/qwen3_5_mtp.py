@@ -1,0 +1,197 @@
+"""Qwen's native mtp head: one layer of attention that reads the target's hidden and guesses the token after the next.
+
+Source: vLLM, models/qwen3_5_mtp; transformers has no forward for it. For every pair of a token and the target's
+hidden of the token before, the head keeps a key and a value of its own, in a layer attached to the target's cache.
+The slot of a pair is the position of its hidden.
+"""
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mtp_mlx.cache import MAX_BLOCK, Cache, FullCache
+from mtp_mlx.models import base
+from mtp_mlx.models.qwen3_5 import FULL, DecoderLayer, TextConfig, is_raw
+from mtp_mlx.models.qwen3_5 import Model as Qwen
+from mtp_mlx.types import Draft, Output, Span
+
+
+class Step(NamedTuple):
+    """The outcome of one draft step."""
+
+    logits: mx.array  # (B, 1, V)
+    hidden: mx.array  # (B, 1, D) after the head's own norm, input of the next step
+
+
+class Network(nn.Module):
+    """The tensors under `mtp.`; embeddings and output head are the target's."""
+
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        width, eps = config.hidden_size, config.rms_norm_eps
+        self.pre_fc_norm_embedding = nn.RMSNorm(width, eps=eps)
+        self.pre_fc_norm_hidden = nn.RMSNorm(width, eps=eps)
+        self.fc = nn.Linear(2 * width, width, bias=False)
+        self.layers = [DecoderLayer(config, FULL)]
+        self.norm = nn.RMSNorm(width, eps=eps)
+
+    def remember(self, embedding: mx.array, hidden: mx.array, cache: FullCache, span: Span) -> None:
+        """Keep the keys and values of pairs (B, L, D) x 2: all that they leave behind."""
+        layer = self.layers[0]
+        x = layer.input_layernorm(self._joined(embedding, hidden))
+        cache.write(*layer.self_attn.keys_and_values(x, span), span)
+
+    def __call__(self, embedding: mx.array, hidden: mx.array, cache: FullCache, span: Span) -> mx.array:
+        """The head's hidden for pairs, (B, L, D), after its norm."""
+        mask = cache.mask(span)
+        return self.norm(self.layers[0].attend(self._joined(embedding, hidden), cache, mask, span))
+
+    def _joined(self, embedding: mx.array, hidden: mx.array) -> mx.array:
+        pair = [self.pre_fc_norm_embedding(embedding), self.pre_fc_norm_hidden(hidden)]  # the embedding comes first
+        return self.fc(mx.concatenate(pair, axis=-1))
+
+
+class State(NamedTuple):
+    """What the head knows of one sequence."""
+
+    cache: Cache  # the target's
+    pairs: FullCache  # the head's own layer in it
+    hidden: mx.array | None  # (B, 1, D) the target's, of the last kept token: not paired yet
+
+
+@dataclass(frozen=True)
+class Head:
+    """The drafter. Every kept token is paired with a true hidden of the target, from the first of the prompt on;
+    in a draft of several tokens the head's own hidden stands in, and what that leaves behind is overwritten."""
+
+    network: Network
+    target: Qwen
+    limit: int = MAX_BLOCK - 1
+    reads_prompt: bool = True
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights; the target's embeddings and output head are not counted again."""
+        return base.weight_bytes(self.network)
+
+    def start(self, cache: Cache) -> State:
+        pairs = FullCache()
+        cache.attach(pairs)
+        return State(cache, pairs, None)
+
+    def advance(self, state: State, tokens: mx.array, span: Span, output: Output, count: mx.array) -> State:
+        # Token i goes with the hidden before it: that of the last kept token, then those of the block itself.
+        hidden, slots = output.hidden[:, :-1], Span(span.start, span.length - 1)
+        if state.hidden is None:
+            tokens = tokens[:, 1:]  # nothing comes before the first token of a text
+        else:
+            hidden = mx.concatenate([state.hidden, hidden], axis=1)
+            slots = Span(span.start - 1, span.length)
+        if slots.length:
+            self.network.remember(self.target.embed(tokens), hidden, state.pairs, slots)
+        last = mx.take_along_axis(output.hidden, count[:, None, None], axis=1)  # (B, 1, D)
+        return state._replace(hidden=last)
+
+    def draft(self, state: State, last: mx.array, k: int) -> Draft:
+        tokens = [mx.argmax(step.logits, axis=-1) for step in self.steps(state, last, k)]
+        none = mx.zeros((last.shape[0], 0), mx.int32)
+        return Draft(mx.concatenate([none, *tokens], axis=1).astype(mx.int32))
+
+    def steps(self, state: State, last: mx.array, k: int) -> list[Step]:
+        """k chained draft steps; nothing is evaluated between them."""
+        assert k == 0 or state.hidden is not None, "a draft starts from the hidden of a kept token"
+        token, hidden = last[:, None], state.hidden
+        chain: list[Step] = []
+        for i in range(k):
+            slot = Span(state.cache.position - 1 + i, 1)
+            hidden = self.network(self.target.embed(token), hidden, state.pairs, slot)
+            chain.append(Step(self.target.logits(hidden), hidden))
+            token = mx.argmax(chain[-1].logits, axis=-1)
+        return chain
+
+
+class Convention(NamedTuple):
+    """How a head's file stores its norms: as the difference from 1 (raw, as released), or as they are applied."""
+
+    raw: bool
+    reason: str
+
+
+def own_tensors(weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
+    """The head's tensors under the names they have below `mtp.`; empty if a file holds no head.
+
+    A file of its own may leave the prefix out.
+    """
+    prefixed = {name: array for name, array in weights.items() if _PREFIX.match(name)}
+    if prefixed:
+        return {_PREFIX.sub("", name): array for name, array in prefixed.items()}
+    return dict(weights) if is_head(weights) else {}
+
+
+def is_head(names: Collection[str]) -> bool:
+    """Whether there is an mtp head among tensors of these names."""
+    return any(_PREFIX.match(name) for name in names) or "pre_fc_norm_hidden.weight" in names
+
+
+_PREFIX = re.compile(r"^(model\.|language_model\.)*mtp\.")
+
+
+def convention(
+    weights: Mapping[str, mx.array], declared: Convention | None, split: bool, metadata: str | None
+) -> Convention:
+    """Decide how a file stores its norms: from its format, and from the values only where the format does not tell.
+
+    `weights` are all tensors of the checkpoint or file, `declared` is what its writer says, `split` means a folder of
+    type qwen3_5_mtp, `metadata` is the "format" of the safetensors header. A head read in the wrong convention
+    drafts nonsense without any error.
+    """
+    if declared:
+        return declared
+    if is_raw(weights):
+        return Convention(True, "the convolutions beside it are laid out as released")
+    if split:
+        return Convention(False, "a folder of type qwen3_5_mtp holds them as applied")
+    if metadata == "pt":
+        return Convention(True, "the file was written by torch")
+    tensors = own_tensors(weights)
+    mean = sum(_mean(tensors[name]) for name in _LAYER_NORMS if name in tensors) / len(_LAYER_NORMS)
+    return Convention(mean < _BETWEEN, f"the format does not tell, the layer norms' mean of {mean:.2f} does")
+
+
+# Means in published heads: -0.1 to 0.4 as differences, 0.87 to 1.25 as applied. Those of the other norms overlap.
+_LAYER_NORMS = ("layers.0.input_layernorm.weight", "layers.0.post_attention_layernorm.weight")
+_BETWEEN = 0.65
+_NORM = re.compile(r"(^|\.)(\w+_norm_\w+|\w*norm)\.weight$")
+
+
+def _mean(array: mx.array) -> float:
+    return cast(float, mx.mean(array.astype(mx.float32)).item())
+
+
+def exceptions(tensors: Mapping[str, mx.array], raw: bool) -> list[str]:
+    """Norms whose values rule the file's convention out for them: some published files mix both.
+
+    No applied norm is negative on average; no layer norm is near 1 as a difference.
+    """
+    norms = {name: _mean(array) for name, array in tensors.items() if _NORM.search(name)}
+    if raw:
+        return sorted(name for name in _LAYER_NORMS if norms.get(name, 0.0) > _BETWEEN)
+    return sorted(name for name, mean in norms.items() if mean < 0)
+
+
+def sanitize(weights: Mapping[str, mx.array], raw: bool) -> dict[str, mx.array]:
+    """Parameters of `Network` out of a file's tensors, norms as they are applied. Raises ValueError as stacking does."""
+    tensors = own_tensors(weights)
+    mixed = exceptions(tensors, raw)
+    kept: dict[str, mx.array] = {}
+    for given, array in base.stack_experts(tensors, "switch_mlp").items():
+        for name, value in base.split_experts(given, array, "switch_mlp"):
+            if array.ndim == 3 and ".experts" not in given:
+                name = re.sub(r"mlp\.(?=(gate|up|down)_proj\.)", "mlp.switch_mlp.", name)
+            shifted = _NORM.search(name) and raw != (name in mixed)
+            kept[name] = value + 1 if shifted else value
+    return kept
