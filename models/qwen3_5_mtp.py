@@ -121,6 +121,15 @@ class Convention(NamedTuple):
     reason: str
 
 
+# Where other programs note how they store a head's norms: file, key, and for each value whether it means raw.
+DECLARATIONS: tuple[tuple[str, str, Mapping[str, bool]], ...] = (
+    ("mtplx_runtime.json", "mtp_norm_layout", {"mlx_multiplier": False, "raw_hf_delta": True}),
+    ("manifest.json", "rmsnorm_weight_format", {"mlx_gamma": False}),
+    ("config.json", "mtp_norm_encoding", {"delta": True, "delta_plus_one": True, "mlx_delta": True}),
+    ("config.json", "mtplx_mtp_norm_encoding", {"delta": True, "delta_plus_one": True, "mlx_delta": True}),
+)
+
+
 def own_tensors(weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
     """The head's tensors under the names they have below `mtp.`; empty if a file holds no head.
 
@@ -190,8 +199,8 @@ def sanitize(weights: Mapping[str, mx.array], raw: bool) -> dict[str, mx.array]:
     kept: dict[str, mx.array] = {}
     for given, array in base.stack_experts(tensors, "switch_mlp").items():
         for name, value in base.split_experts(given, array, "switch_mlp"):
-            if array.ndim == 3 and ".experts" not in given:
-                name = re.sub(r"mlp\.(?=(gate|up|down)_proj\.)", "mlp.switch_mlp.", name)
+            if array.ndim == 3:  # stacked, but named like a dense layer's
+                name = re.sub(r"\.mlp\.(?=(gate|up|down)_proj\.)", ".mlp.switch_mlp.", name)
             shifted = _NORM.search(name) and raw != (name in mixed)
             kept[name] = value + 1 if shifted else value
     return kept

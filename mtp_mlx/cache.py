@@ -283,9 +283,7 @@ class RecurrentCache:
         self._rows = mx.concatenate([self._tail, rows], axis=1)
         return self._rows
 
-    def recur(
-        self, queries: mx.array, keys: mx.array, values: mx.array, decay: mx.array, beta: mx.array
-    ) -> mx.array:
+    def recur(self, queries: mx.array, keys: mx.array, values: mx.array, decay: mx.array, beta: mx.array) -> mx.array:
         """What the queries (B, L, Hk, Dk) read out row by row, (B, L, Hv, Dv).
 
         Each row decays the state, corrects what `keys` (B, L, Hk, Dk) retrieve towards `values` (B, L, Hv, Dv)

@@ -35,7 +35,7 @@ class Checkpoint:
                 raise CheckpointError(f"{folder} has no config.json; give the folder of a model checkpoint")
         except OSError as error:
             raise CheckpointError(f"{str(folder)[:200]} cannot be opened: {error.strerror}") from error
-        return cls(folder, _read_json(folder / "config.json"))
+        return cls(folder, read_json(folder / "config.json"))
 
     @property
     def model_type(self) -> str:
@@ -44,7 +44,7 @@ class Checkpoint:
     def eos_token_ids(self) -> list[int] | None:
         """Tokens that end a text: generation_config.json speaks first, as in mlx-lm."""
         generation = self.folder / "generation_config.json"
-        places = [_read_json(generation)] if generation.is_file() else []
+        places = [read_json(generation)] if generation.is_file() else []
         places += [dict(self.config), dict(self.config.get("text_config") or {})]
         for place in places:
             ids = place.get("eos_token_id")
@@ -67,7 +67,7 @@ class Checkpoint:
             return [self.file]
         index = self.folder / INDEX
         if index.is_file():
-            shards = _object(_read_json(index).get("weight_map"), f"weight_map of {index}").values()
+            shards = _object(read_json(index).get("weight_map"), f"weight_map of {index}").values()
             if not all(isinstance(name, str) and name.endswith(".safetensors") for name in shards):
                 raise CheckpointError(f"{index} names weight files that are not safetensors; only those are read")
             names = sorted(set(shards))
@@ -240,7 +240,8 @@ def _check_file(path: Path) -> None:
         raise CheckpointError(f"{path} is damaged or cut short ({error}); download it again") from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises CheckpointError for anything else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

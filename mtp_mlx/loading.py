@@ -3,8 +3,9 @@
 The only module that knows architectures by name. A new one is a file in models/ and a line in a table here.
 """
 
+import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,17 +16,19 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_tokenizer
 
-from mtp_mlx.checkpoint import Checkpoint
+from mtp_mlx.checkpoint import Checkpoint, read_header, read_json
 from mtp_mlx.errors import CheckpointError, PairError, RequestError
-from mtp_mlx.models import gemma4, gemma4_assistant
+from mtp_mlx.models import gemma4, gemma4_assistant, qwen3_5, qwen3_5_mtp
 from mtp_mlx.ngram import NoDrafter
-from mtp_mlx.types import Drafter, Pair
+from mtp_mlx.types import Drafter, Pair, Target
 
 DEMO = "demo"
-DEMO_FOLDER = Path(__file__).parent / "demo"
+DEMOS = {DEMO: Path(__file__).parent / "demo", "demo-qwen": Path(__file__).parent / "demo_qwen"}
 ASSISTANT_FOLDER = "assistant"  # a folder that holds a pair keeps the drafter here
 
 Built = TypeVar("Built")
+
+_log = logging.getLogger(__name__)
 
 _FILES = ["*.json", "*.safetensors", "*.jinja", "*.model"]
 
@@ -47,7 +50,9 @@ def _gemma4_target(checkpoint: Checkpoint, dtype: mx.Dtype | None) -> gemma4.Mod
     return model
 
 
-def _gemma4_drafter(checkpoint: Checkpoint, dtype: mx.Dtype | None, target: gemma4.Model) -> Drafter:
+def _gemma4_drafter(checkpoint: Checkpoint, dtype: mx.Dtype | None, target: Target) -> Drafter:
+    if not isinstance(target, gemma4.Model):
+        raise PairError(f"{checkpoint.name} is a Gemma 4 assistant and the target is of another family")
     config = _built(gemma4_assistant.Config.from_dict, checkpoint)
     found = gemma4_assistant.mismatches(config, target.config)
     if found:
@@ -62,16 +67,90 @@ def _gemma4_drafter(checkpoint: Checkpoint, dtype: mx.Dtype | None, target: gemm
     return gemma4_assistant.Assistant(network, target)
 
 
-_TARGETS: dict[str, Callable[[Checkpoint, mx.Dtype | None], gemma4.Model]] = {
+def _qwen_target(checkpoint: Checkpoint, dtype: mx.Dtype | None) -> qwen3_5.Model:
+    model = _built(lambda config: qwen3_5.Model(qwen3_5.TextConfig.from_dict(config)), checkpoint)
+    checkpoint.fill(model, model.sanitize, dtype, exact=("A_log",))
+    return model
+
+
+def _qwen_head(checkpoint: Checkpoint, dtype: mx.Dtype | None, target: Target) -> Drafter:
+    if not isinstance(target, qwen3_5.Model):
+        raise PairError(f"{checkpoint.name} is a Qwen mtp head and the target is of another family")
+    if checkpoint.file is None:
+        checkpoint = replace(checkpoint, file=_sidecar(checkpoint))
+    if not qwen3_5_mtp.is_head(checkpoint.names()):
+        raise PairError(f"{checkpoint.name} holds no mtp head: {_HOW_TO_GET_A_HEAD}")
+    config = _built(qwen3_5.TextConfig.from_dict, checkpoint)
+    if config.hidden_size != target.config.hidden_size:
+        raise PairError(
+            f"the head in {checkpoint.name} was made for another target: it expects hidden size {config.hidden_size}, "
+            f"target has {target.config.hidden_size}; use the head of this target's original, or --drafter none"
+        )
+    network = _built(lambda _: qwen3_5_mtp.Network(config), checkpoint)
+    stored = _head_convention(checkpoint)
+    _log.info("%s: norms %s (%s)", checkpoint.name, "stored as 1 less" if stored.raw else "as applied", stored.reason)
+    for name in qwen3_5_mtp.exceptions(qwen3_5_mtp.own_tensors(checkpoint.tensors()), stored.raw):
+        _log.warning("%s: %s is stored the other way, as its values show", checkpoint.name, name)
+    checkpoint.fill(network, partial(qwen3_5_mtp.sanitize, raw=stored.raw), dtype)
+    return qwen3_5_mtp.Head(network, target)
+
+
+def _head_convention(checkpoint: Checkpoint) -> qwen3_5_mtp.Convention:
+    files = [file for file in checkpoint.shards() if qwen3_5_mtp.is_head(read_header(file).names)]
+    formats = {read_header(file).format for file in files}
+    return qwen3_5_mtp.convention(
+        checkpoint.tensors(),
+        declared=_declared_convention(files[0].parent),
+        split=checkpoint.file is None and checkpoint.model_type == "qwen3_5_mtp",
+        metadata=formats.pop() if len(formats) == 1 else None,
+    )
+
+
+def _declared_convention(folder: Path) -> qwen3_5_mtp.Convention | None:
+    """What other programs write beside a head about its norms."""
+    for name, key, meanings in qwen3_5_mtp.DECLARATIONS:
+        if (folder / name).is_file():
+            said = read_json(folder / name).get(key)
+            if isinstance(said, str) and said in meanings:
+                return qwen3_5_mtp.Convention(meanings[said], f"{key} in {name} is {said!r}")
+    return None
+
+
+def _sidecar(checkpoint: Checkpoint) -> Path | None:
+    """The file beside a checkpoint's own that holds an mtp head, if those do not."""
+    if qwen3_5_mtp.is_head(checkpoint.names()):
+        return None
+    own = set(checkpoint.shards())
+    found = sorted(
+        path for place in ("*", "mtp/*", "optiq/*") for path in checkpoint.folder.glob(f"{place}.safetensors")
+    )
+    return next((file for file in found if file not in own and qwen3_5_mtp.is_head(read_header(file).names)), None)
+
+
+_HOW_TO_GET_A_HEAD = (
+    "conversions often drop the tensors mtp.*; the original repository has them, in the files that its "
+    "model.safetensors.index.json names for mtp.*. Put one beside the weights as model-mtp.safetensors, or name the "
+    "file or its folder with --drafter"
+)
+
+_TARGETS: dict[str, Callable[[Checkpoint, mx.Dtype | None], Target]] = {
     "gemma4": _gemma4_target,
     "gemma4_text": _gemma4_target,
     "gemma4_unified": _gemma4_target,
     "gemma4_unified_text": _gemma4_target,
+    "qwen3_5": _qwen_target,
+    "qwen3_5_text": _qwen_target,
+    "qwen3_5_moe": _qwen_target,
+    "qwen3_5_moe_text": _qwen_target,
+    "qwen3_next": _qwen_target,
 }
-_DRAFTERS: dict[str, Callable[[Checkpoint, mx.Dtype | None, gemma4.Model], Drafter]] = {
+_DRAFTERS: dict[str, Callable[[Checkpoint, mx.Dtype | None, Target], Drafter]] = {
     "gemma4_assistant": _gemma4_drafter,
     "gemma4_unified_assistant": _gemma4_drafter,
+    "qwen3_5_mtp": _qwen_head,
 }
+# Targets whose drafter comes as a part of them; so the folder of another such target can be named as the drafter.
+_HEADS = {name: _qwen_head for name, build in _TARGETS.items() if build is _qwen_target}
 
 
 def load(
@@ -79,7 +158,7 @@ def load(
 ) -> tuple[Pair, TokenizerWrapper]:
     """Load a target with its drafter, and the tokenizer.
 
-    `model` is a folder, a hub id or "demo". `drafter` is a folder, a hub id, "auto" for the one that belongs
+    `model` is a folder, a hub id or demo. `drafter` is a folder, a hub id, a file, "auto" for the one that belongs
     to the target, or None (or "none") for plain decoding. `dtype` recasts the weights that are not quantised;
     None keeps the checkpoint's.
 
@@ -95,37 +174,51 @@ def load_pair(model: str = DEMO, drafter: str | None = "auto", dtype: mx.Dtype |
         raise RequestError(f"weights cannot be {dtype}; give a floating-point type such as mx.float32")
     folder = find(model)
     checkpoint = Checkpoint.open(folder)
+    _refuse_unknown(checkpoint)
     build = _TARGETS.get(checkpoint.model_type)
     if build is None:
         raise CheckpointError(_unknown_target(checkpoint))
-    chosen, reason = choose_drafter(model, folder, drafter)
+    chosen, reason = choose_drafter(model, checkpoint, drafter)
     # Before the target, which may take minutes: a mistyped drafter should be known at once.
-    build_drafter = None if chosen is None else _drafter_builder(find(chosen))
+    build_drafter = None if chosen is None else _drafter_builder(find(chosen), checkpoint)
     target = build(checkpoint, dtype)
-    assistant: Drafter = NoDrafter() if build_drafter is None else build_drafter(dtype, target)
-    return Loaded(Pair(target, assistant), _tokenizer(checkpoint), model, chosen, reason)
+    built: Drafter = NoDrafter() if build_drafter is None else build_drafter(dtype, target)
+    return Loaded(Pair(target, built), _tokenizer(checkpoint), model, chosen, reason)
 
 
-def choose_drafter(model: str, folder: Path, drafter: str | None) -> tuple[str | None, str]:
+def choose_drafter(model: str, checkpoint: Checkpoint, drafter: str | None) -> tuple[str | None, str]:
     """Which drafter to load for a target, if any, and why."""
     if drafter is None or drafter == "none":
         return None, "drafter turned off"
     if drafter != "auto":
         return drafter, "named by the caller"
-    inside = folder / ASSISTANT_FOLDER
+    inside = checkpoint.folder / ASSISTANT_FOLDER
     if inside.is_dir():
         return str(inside), "lies in the target's folder"
+    if checkpoint.model_type in _HEADS:
+        return _own_head(checkpoint)
     if not Path(model).exists() and model.startswith("google/gemma-4-") and model.endswith("-it"):
         return f"{model}-assistant", "released together with the target"
     return None, f"no drafter is known for {model}: plain decoding; name one with --drafter"
 
 
+def _own_head(checkpoint: Checkpoint) -> tuple[str | None, str]:
+    if qwen3_5_mtp.is_head(checkpoint.names()):
+        return str(checkpoint.folder), "the mtp head inside the checkpoint"
+    beside = _sidecar(checkpoint)
+    if beside is not None:
+        return str(beside), "an mtp head that lies beside the checkpoint's own files"
+    promised = _built(qwen3_5.TextConfig.from_dict, checkpoint).mtp_num_hidden_layers > 0
+    config = "its config.json promises an mtp head, but no file" if promised else "no file"
+    return None, f"{config} in {checkpoint.folder} holds one: plain decoding; {_HOW_TO_GET_A_HEAD}"
+
+
 def find(name: str) -> Path:
-    """The folder of a model given as folder, hub id or "demo"; what is not on disk yet is downloaded."""
-    if name == DEMO:
-        return DEMO_FOLDER
+    """The folder of a model given as folder, hub id or demo; what is not on disk yet is downloaded."""
+    if name in DEMOS:
+        return DEMOS[name]
     if not name:
-        raise CheckpointError("the name of a model is empty; give a folder, a hub id or 'demo'")
+        raise CheckpointError(f"the name of a model is empty; give a folder, a hub id, {' or '.join(DEMOS)}")
     if not _is_hub_id(name) or Path(name).exists():
         return Path(name).expanduser()
     try:
@@ -142,12 +235,22 @@ def _is_hub_id(name: str) -> bool:
     return len(parts) == 2 and all(parts) and not name.startswith((".", "/", "~"))
 
 
-def _drafter_builder(folder: Path) -> Callable[[mx.Dtype | None, gemma4.Model], Drafter]:
-    checkpoint = Checkpoint.open(folder)
-    build = _DRAFTERS.get(checkpoint.model_type)
+def _drafter_builder(path: Path, target: Checkpoint) -> Callable[[mx.Dtype | None, Target], Drafter]:
+    if path.is_file():
+        if target.model_type not in _HEADS:
+            raise PairError(f"{path} is a file; the drafters of {target.model_type!r} targets are folders")
+        # Tensors alone: the config is the target's.
+        return partial(_qwen_head, replace(target, folder=path.parent, file=path))
+    if path.is_dir() and not (path / "config.json").is_file() and target.model_type in _HEADS:
+        for file in sorted(path.glob("*.safetensors")):
+            if qwen3_5_mtp.is_head(read_header(file).names):
+                return _drafter_builder(file, target)
+    checkpoint = Checkpoint.open(path)
+    _refuse_unknown(checkpoint)
+    build = (_DRAFTERS | _HEADS).get(checkpoint.model_type)
     if build is None:
         raise PairError(
-            f"{folder} has model_type {checkpoint.model_type!r}, which is not a drafter; known drafters: "
+            f"{path} has model_type {checkpoint.model_type!r}, which is not a drafter; known drafters: "
             f"{', '.join(sorted(_DRAFTERS))}"
         )
     return partial(build, checkpoint)
@@ -160,6 +263,18 @@ def _unknown_target(checkpoint: Checkpoint) -> str:
         f"{checkpoint.folder} has model_type {checkpoint.model_type!r}; supported targets: "
         f"{', '.join(sorted(_TARGETS))}"
     )
+
+
+def _refuse_unknown(checkpoint: Checkpoint) -> None:
+    """Raises CheckpointError for what looks like a known family and is not."""
+    text = checkpoint.config.get("text_config")
+    inner = str(text.get("model_type", "")) if isinstance(text, Mapping) else ""
+    strange = next((name for name in (checkpoint.model_type, inner) if name.startswith("qwen4_exp")), None)
+    if strange:
+        raise CheckpointError(
+            f"{checkpoint.folder} has model_type {strange!r} (Flash-Next): its layers and its mtp head are of another "
+            "architecture than Qwen 3.5/3.6/3.8 and are not supported"
+        )
 
 
 def _built(build: Callable[[Mapping[str, Any]], Built], checkpoint: Checkpoint) -> Built:
