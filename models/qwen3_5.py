@@ -314,10 +314,8 @@ class TextModel(nn.Module):
         h = self.embed_tokens(tokens)
         mask = cache.attention(kinds.index(FULL)).mask(span)
         for i, (layer, kind) in enumerate(zip(self.layers, kinds, strict=True)):
-            if kind == FULL:
-                h = layer.attend(h, cache.attention(i), mask, span)
-            else:
-                h = layer.recur(h, cache.recurrent(i))
+            full = kind == FULL
+            h = layer.attend(h, cache.attention(i), mask, span) if full else layer.recur(h, cache.recurrent(i))
         return self.norm(h)
 
 

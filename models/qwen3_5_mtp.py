@@ -103,7 +103,9 @@ class Head:
 
     def steps(self, state: State, last: mx.array, k: int) -> list[Step]:
         """k chained draft steps; nothing is evaluated between them."""
-        assert k == 0 or state.hidden is not None, "a draft starts from the hidden of a kept token"
+        if k == 0:
+            return []
+        assert state.hidden is not None, "a draft starts from the hidden of a kept token"
         token, hidden = last[:, None], state.hidden
         chain: list[Step] = []
         for i in range(k):
@@ -193,14 +195,15 @@ def exceptions(tensors: Mapping[str, mx.array], raw: bool) -> list[str]:
 
 
 def sanitize(weights: Mapping[str, mx.array], raw: bool) -> dict[str, mx.array]:
-    """Parameters of `Network` out of a file's tensors, norms as they are applied. Raises ValueError as stacking does."""
+    """Parameters of `Network` out of a file's tensors, norms as applied. Raises ValueError for a missing expert."""
     tensors = own_tensors(weights)
     mixed = exceptions(tensors, raw)
     kept: dict[str, mx.array] = {}
-    for given, array in base.stack_experts(tensors, "switch_mlp").items():
+    for stored, array in base.stack_experts(tensors, "switch_mlp").items():
+        given = stored
+        if array.ndim == 3:  # stacked, but perhaps named like a dense layer's
+            given = re.sub(r"\.mlp\.(?=(gate|up|down)_proj\.)", ".mlp.switch_mlp.", given)
         for name, value in base.split_experts(given, array, "switch_mlp"):
-            if array.ndim == 3:  # stacked, but named like a dense layer's
-                name = re.sub(r"\.mlp\.(?=(gate|up|down)_proj\.)", ".mlp.switch_mlp.", name)
             shifted = _NORM.search(name) and raw != (name in mixed)
             kept[name] = value + 1 if shifted else value
     return kept

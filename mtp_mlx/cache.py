@@ -7,7 +7,7 @@ A recurrent state has swallowed the draft; it is made again from the state befor
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 
@@ -148,7 +148,7 @@ class KeyValueCache(ABC):
     def mask(self, span: Span) -> Mask:
         """Which of the rows that `write` (or `stored`) returns each token of the block may see."""
 
-    def commit(self, count: mx.array | int) -> None:
+    def commit(self, count: mx.array | int) -> None:  # noqa: B027
         """Nothing to do: what is not kept lies beyond the position."""
 
     def stored(self) -> Visible:
@@ -326,5 +326,6 @@ def _gated_delta(
     Given bfloat16 rows, MLX rounds the decay to bfloat16 as well: 0.999 becomes 1, and a memory that should fade
     stays (docs/performance.md has the figures).
     """
+    update: Any = mx.fast.gated_delta_update  # MLX's stub leaves its arrays out
     rows = [array.astype(mx.float32) for array in (queries, keys, values, decay, beta)]
-    return mx.fast.gated_delta_update(*rows, state)
+    return cast(list[mx.array], update(*rows, state))

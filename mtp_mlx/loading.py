@@ -121,12 +121,11 @@ def _sidecar(checkpoint: Checkpoint) -> Path | None:
     if qwen3_5_mtp.is_head(checkpoint.names()):
         return None
     own = set(checkpoint.shards())
-    found = sorted(
-        path for place in ("*", "mtp/*", "optiq/*") for path in checkpoint.folder.glob(f"{place}.safetensors")
-    )
+    found = sorted(file for place in _SIDECARS for file in checkpoint.folder.glob(place))
     return next((file for file in found if file not in own and qwen3_5_mtp.is_head(read_header(file).names)), None)
 
 
+_SIDECARS = ("*.safetensors", "mtp/*.safetensors", "optiq/*.safetensors")
 _HOW_TO_GET_A_HEAD = (
     "conversions often drop the tensors mtp.*; the original repository has them, in the files that its "
     "model.safetensors.index.json names for mtp.*. Put one beside the weights as model-mtp.safetensors, or name the "

@@ -1,5 +1,6 @@
 """Tiny checkpoints, and a drafter and a sampler that do as they are told."""
 
+import shutil
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -18,13 +19,16 @@ from mtp_mlx.cache import MAX_BLOCK, Cache
 from mtp_mlx.loading import load
 from mtp_mlx.models.gemma4 import Model as Gemma4
 from mtp_mlx.models.gemma4_assistant import Assistant
+from mtp_mlx.models.qwen3_5 import Model as Qwen
+from mtp_mlx.models.qwen3_5_mtp import Head
 from mtp_mlx.rounds import Sequence
 from mtp_mlx.sampling import Greedy, Sampler
 from mtp_mlx.types import Draft, Drafter, Output, Pair, Span, Target
 
 FIXTURES = Path(__file__).parent / "fixtures"
 VARIANTS = ["gemma4_ple", "gemma4_keqv", "gemma4_moe", "gemma4_unified"]
-WINDOW = 16  # of every tiny variant
+QWEN = ["qwen3_5_dense", "qwen3_5_tied", "qwen3_5_moe", "qwen3_5_moe_sharded", "qwen3_next"]
+WINDOW = 16  # of every tiny variant of Gemma
 VOCAB = 320
 
 
@@ -35,6 +39,31 @@ def tiny(variant: str, drafter: str = "assistant") -> tuple[Gemma4, Assistant]:
     pair, _ = load(folder, folder / drafter, dtype=mx.float32)
     assert isinstance(pair.target, Gemma4) and isinstance(pair.drafter, Assistant)
     return pair.target, pair.drafter
+
+
+@cache
+def tiny_qwen(variant: str) -> tuple[Qwen, Head]:
+    """A tiny released-format target of tests/fixtures with the head inside, in float32."""
+    pair, _ = load(FIXTURES / variant, dtype=mx.float32)
+    assert isinstance(pair.target, Qwen) and isinstance(pair.drafter, Head)
+    return pair.target, pair.drafter
+
+
+@cache
+def tiny_pair(variant: str) -> tuple[Target, Drafter]:
+    """A tiny pair of either family."""
+    return tiny_qwen(variant) if variant in QWEN else tiny(variant)
+
+
+def float32_copy(variant: str, folder: Path) -> Path:
+    """A fixture as a float32 checkpoint, for mlx-lm: it adds the 1 to Qwen's norms in the file's own precision."""
+    shutil.copytree(FIXTURES / variant, folder)
+    for file in folder.glob("*.safetensors"):
+        weights = mx.load(str(file))
+        assert isinstance(weights, dict)
+        wide = {name: array.astype(mx.float32) for name, array in weights.items()}
+        mx.save_safetensors(str(file), wide, {"format": "pt"})
+    return folder
 
 
 @cache

@@ -4,8 +4,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mtp_mlx.cache import MAX_BLOCK, Cache, FullCache, SlidingCache, bucket
-from mtp_mlx.types import LayerCache, Mask, Span, Visible
+from mtp_mlx.cache import MAX_BLOCK, Cache, FullCache, KeyValueCache, SlidingCache, bucket
+from mtp_mlx.types import Mask, Span, Visible
 
 WINDOW = 8
 
@@ -30,7 +30,7 @@ def _expected(start: int, length: int, window: int) -> list[list[int]]:
     return [list(range(max(0, q - window + 1), q + 1)) for q in range(start, start + length)]
 
 
-def _layer(kind: str) -> tuple[LayerCache, int]:
+def _layer(kind: str) -> tuple[KeyValueCache, int]:
     return (FullCache(), 10_000) if kind == "full" else (SlidingCache(WINDOW), WINDOW)
 
 

@@ -12,7 +12,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 import mtp_mlx
 from mtp_mlx.generate import encode
-from mtp_mlx.loading import DEMO_FOLDER
+from mtp_mlx.loading import DEMOS
 
 HELD_OUT = Path(__file__).parent.parent / "bench" / "demo" / "heldout.json"
 PROMPTS = 21
@@ -63,7 +63,7 @@ def test_greedy_text_is_the_same_with_and_without_drafts(
 
 def test_plain_decoding_equals_mlx_lm_in_float32() -> None:
     pair, tokenizer = mtp_mlx.load(dtype=mx.float32)
-    theirs = mlx_lm_model(DEMO_FOLDER)
+    theirs = mlx_lm_model(DEMOS["demo"])
     theirs.set_dtype(mx.float32)
     for prompt in _prompts()[::5]:
         ids = encode(tokenizer, prompt)
@@ -83,8 +83,8 @@ def test_the_assistant_is_worth_having(demo: tuple[mtp_mlx.Pair, TokenizerWrappe
 
 
 def test_the_pair_is_small_and_has_a_card() -> None:
-    size = sum(path.stat().st_size for path in DEMO_FOLDER.rglob("*") if path.is_file())
+    size = sum(path.stat().st_size for path in DEMOS["demo"].rglob("*") if path.is_file())
     assert size < 20e6
-    card = (DEMO_FOLDER / "README.md").read_text()
+    card = (DEMOS["demo"] / "README.md").read_text()
     for word in ("licence", "tokens per round", "nats per token", "sympy"):
         assert word.lower() in card.lower()

@@ -63,7 +63,7 @@ def test_the_cache_holds_what_the_assistant_is_given(variant: str) -> None:
     tokens = expected["tokens"].tolist()
     _, cache = teacher_forced(target, tokens, 20, [3])
     for kind, name in ((FULL, "full"), (SLIDING, "sliding")):
-        layer = cache.layers[target.config.owner(kind)]
+        layer = cache.attention(target.config.owner(kind))
         shown = np.array(layer.mask(Span(cache.position - 1, 1)))[0, 0, 0]
         places = np.flatnonzero(shown)
         if kind == SLIDING:

@@ -26,6 +26,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.convert import convert
 from safetensors.numpy import save_file
 
+from mtp_mlx.checkpoint import Checkpoint
 from mtp_mlx.errors import CheckpointError, MTPError, PairError, RequestError
 from mtp_mlx.loading import choose_drafter, find, load, load_pair
 from mtp_mlx.models.gemma4_assistant import Assistant, mismatches
@@ -72,8 +73,9 @@ def test_no_drafter_is_plain_decoding_and_says_so(pair_folder: Path) -> None:
     loaded = load_pair(str(pair_folder))
     assert isinstance(loaded.pair.drafter, NoDrafter)
     assert "plain decoding" in loaded.drafter_reason
-    assert choose_drafter("google/gemma-4-31B-it", Path(), "auto")[0] == "google/gemma-4-31B-it-assistant"
-    assert choose_drafter("x", Path(), "none")[0] is None
+    checkpoint = Checkpoint(Path(), {})
+    assert choose_drafter("google/gemma-4-31B-it", checkpoint, "auto")[0] == "google/gemma-4-31B-it-assistant"
+    assert choose_drafter("x", checkpoint, "none")[0] is None
 
 
 # MLX 0.32.4 cannot look up one row of an nvfp4 table whose width is no multiple of 32 (here 80), so not with PLE.

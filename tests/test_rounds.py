@@ -187,6 +187,7 @@ def test_a_round_is_built_without_reading_anything_back(variant: str) -> None:
     sequence.prefill(prompt, 2048, lambda done, total: None)
     sequence.round(0)
     sequence._commit()
+    assert sequence.last is not None
     sequence.cache.reserve(64)
     state, cache = sequence.state, sequence.cache
 
