@@ -1,32 +1,29 @@
-"""Train the demo assistant: several draft steps from every position, towards the target's distribution."""
+"""Gemma's assistant: how it learns, and how many of its drafts are right."""
 
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from bench.demo.drafter import sharpened, soft_cross_entropy, train_drafter
 from bench.demo.gemma import (
     ASSISTANT,
     KV,
     TARGET,
     Assistant,
     Target,
+    draft_masks,
     draft_training_masks,
     initialise,
-    parameter_count,
     ropes_at,
+    target_masks,
     training_masks,
 )
-from bench.demo.optimizer import Optimizer
-from bench.demo.training import Run, Stream, load_model, train_from_command_line
+from bench.demo.training import arguments, autocast, load_model
 
 UNROLLED = 5  # draft steps
-OWN, CORPUS = 384, 512  # tokens of a row of continuations, and of corpus text
-TOKENS = 3072  # per step, of either
-# Drafts are argmax, so the assistant learns a sharper distribution, one nearer to the target's choice.
-TEMPERATURE = 0.7
+OWN, CORPUS = 384, 512  # tokens of a row of continuations, and of corpus text: longer contexts
 
 
 class Reading(torch.nn.Module):
@@ -41,9 +38,9 @@ class Reading(torch.nn.Module):
     @torch.no_grad()
     def forward(self, ids: Tensor) -> tuple[Tensor, Tensor, KV]:
         """Hidden (B, L, D), sharpened probabilities of the next token (B, L, V) in bf16, and the K/V."""
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             hidden, kv = self.target(ids, self.ropes, self.masks)
-            return hidden, torch.softmax(self.target.head(hidden) / TEMPERATURE, -1).bfloat16(), kv
+            return hidden, sharpened(self.target.head(hidden)), kv
 
 
 class Loss(torch.nn.Module):
@@ -63,52 +60,49 @@ class Loss(torch.nn.Module):
         L = self.length
         h = F.pad(hidden[:, :-1], (0, 0, 1, 0))  # position P starts from the hidden of P-1
         losses = []
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             for s in range(UNROLLED):
                 token = F.pad(embedded[:, s:], (0, 0, 0, s))
                 logits, h = self.assistant(token, h, self.ropes, kv, self.masks, rows=slice(1, L - s))
-                wanted = p[:, 1 + s :]
-                losses.append((torch.logsumexp(logits, -1) - (wanted * logits).sum(-1)).mean())
+                losses.append(soft_cross_entropy(logits, p[:, 1 + s :]))
         return torch.stack(losses)
 
 
+@torch.no_grad()
+def right_drafts(target: Target, assistant: Assistant, ids: Tensor, first: int, drafts: int) -> Tensor:
+    """How many of `drafts` drafts from P = first.. are right, (L - first - drafts,); ids (1, L)."""
+    L = ids.shape[1]
+    last = L - drafts  # exclusive; later positions lack tokens to compare with
+    hidden, kv = target(ids, ropes_at(torch.arange(L), TARGET), target_masks(L, TARGET.window))
+    masks = {kind: mask[: last - first] for kind, mask in draft_masks(first, L, ASSISTANT.window).items()}
+    ropes = ropes_at(torch.arange(first, last), ASSISTANT)
+    token, h = ids[:, first:last], hidden[:, first - 1 : last - 1]
+    alive, count = torch.ones(last - first, dtype=torch.bool), torch.zeros(last - first, dtype=torch.int64)
+    for s in range(1, drafts + 1):
+        logits, h = assistant(target.embed(token), h, ropes, kv, masks)
+        token = logits.argmax(-1)
+        alive &= token[0] == ids[0, first + s : last + s]
+        count += alive
+    return count
+
+
 def train(out: Path, steps: int) -> None:
-    target, assistant = Target(), Assistant()
-    load_model(target, out / "target")
+    target, assistant = load_model(Target(), out / "target"), Assistant()
     initialise(assistant, seed=1)
-    optimizer = Optimizer(assistant, steps=steps)
-    run = Run(out / "assistant", assistant, optimizer)
-    own = torch.from_numpy(np.load(out / "continuations.npy").astype(np.int64))
-    own = own[torch.randperm(len(own), generator=torch.Generator().manual_seed(0))]
-    corpus = Stream(out / "train.npy", seed=1)
-    reading = {length: torch.compile(Reading(target, length)) for length in (OWN, CORPUS)}
-    loss = {length: torch.compile(Loss(assistant, length)) for length in (OWN, CORPUS)}
-    weights = torch.tensor([0.9**s for s in range(UNROLLED)])
-    print(f"{parameter_count(assistant)} parameters, {steps} steps, {len(own)} continuations", flush=True)
-    mean = torch.zeros(UNROLLED)
-    while optimizer.done < steps:
-        step = optimizer.done
-        # Every fifth step reads corpus text: longer contexts, and less certain distributions.
-        length = CORPUS if step % 5 == 4 else OWN
-        rows = TOKENS // length
-        if length == CORPUS:
-            ids = corpus.rows(step // 5 * rows, rows)[:, :length]
-        else:
-            first = (step - step // 5) * rows
-            ids = own[[i % len(own) for i in range(first, first + rows)]][:, :length]
-        hidden, p, kv = reading[length](ids)
-        losses = loss[length](target.embed(ids), hidden, p, kv)
-        (losses @ weights).backward()
-        optimizer.step()
-        if length == OWN:
-            mean += losses.detach() / 40
-        if optimizer.done % 50 == 0:
-            run.log(**{f"loss{s + 1}": round(x, 4) for s, x in enumerate(mean.tolist())})
-            mean.zero_()
-        if optimizer.done % 200 == 0:
-            run.save()
-    run.save()
+    lengths = (OWN, CORPUS)
+    train_drafter(
+        assistant,
+        out / "assistant",
+        steps,
+        embed=target.embed,
+        reading={length: torch.compile(Reading(target, length)) for length in lengths},
+        losses={length: torch.compile(Loss(assistant, length)) for length in lengths},
+        own=OWN,
+        corpus=CORPUS,
+        unrolled=UNROLLED,
+    )
 
 
 if __name__ == "__main__":
-    train_from_command_line(train, __doc__)
+    args = arguments("Train the demo assistant.").parse_args()
+    train(args.out, args.steps)

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from bench.demo.assistant import CORPUS, OWN, TEMPERATURE, TOKENS, UNROLLED
-from bench.demo.gemma import ASSISTANT, TARGET, Assistant, Target, parameter_count
+from bench.demo.gemma import ASSISTANT, TARGET, Assistant, Target
 from bench.demo.target import ROWS
-from bench.demo.training import LENGTH
+from bench.demo.training import LENGTH, parameter_count
 
 
 def pattern(layers: tuple[str, ...]) -> str:

@@ -3,6 +3,7 @@
 import argparse
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -106,10 +107,20 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")
 
 
-def write_weights(model: nn.Module, prefix: str, path: Path) -> None:
-    weights = {prefix + name: w.detach().bfloat16().contiguous() for name, w in model.state_dict().items()}
+def write_weights(models: dict[str, nn.Module], path: Path) -> None:
+    """Write models in one file, their names after the prefixes given."""
+    weights = {
+        prefix + name: w.detach().bfloat16().contiguous()
+        for prefix, model in models.items()
+        for name, w in model.state_dict().items()
+    }
     save_file(weights, path, metadata={"format": "pt"})
     path.chmod(0o644)
+
+
+def copy_tokenizer(folder: Path, out: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(folder / name, out / name)
 
 
 def write_pair(target: Target, assistant: Assistant, tokenizer: Path, out: Path) -> None:
@@ -118,12 +129,11 @@ def write_pair(target: Target, assistant: Assistant, tokenizer: Path, out: Path)
     generation = {**IDS, "do_sample": False, "transformers_version": "5.22.2"}
     write_json(out / "config.json", target_config())
     write_json(out / "generation_config.json", generation)
-    write_weights(target, "model.language_model.", out / "model.safetensors")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(tokenizer / name, out / name)
+    write_weights({"model.language_model.": target}, out / "model.safetensors")
+    copy_tokenizer(tokenizer, out)
     write_json(out / "assistant" / "config.json", assistant_config())
     write_json(out / "assistant" / "generation_config.json", {**generation, "num_assistant_tokens": 4})
-    write_weights(assistant, "", out / "assistant" / "model.safetensors")
+    write_weights({"": assistant}, out / "assistant" / "model.safetensors")
 
 
 def difference(a: Tensor, b: Tensor) -> float:
@@ -180,8 +190,8 @@ def check_assistant(target: Target, assistant: Assistant, out: Path, ids: Tensor
     assert worst < 1e-3  # rounding grows from step to step
 
 
-def check_mlx(target: Target, out: Path) -> None:
-    """Let mlx-lm load the target, compare its logits and show what it writes."""
+def check_mlx(logits: Callable[[Tensor], Tensor], out: Path) -> None:
+    """Let mlx-lm load the target, compare its logits of ids (1, L) and show what it writes."""
     import mlx.core as mx
     from mlx_lm import generate, load
 
@@ -189,11 +199,9 @@ def check_mlx(target: Target, out: Path) -> None:
     model.set_dtype(mx.float32)
     text = 'def read_lines(path):\n    """Return the lines of a file."""'
     ids = torch.tensor([tokenizer.encode(text)])
-    length = ids.shape[1]
-    with torch.no_grad():
-        hidden, _ = target(ids, ropes_at(torch.arange(length), TARGET), target_masks(length, TARGET.window))
     theirs = torch.tensor(model(mx.array(ids.numpy())).tolist())
-    print("target against mlx-lm, max abs difference of logits:", difference(target.head(hidden), theirs))
+    print("target against mlx-lm, max abs difference of logits:", difference(logits(ids), theirs))
+    assert difference(logits(ids), theirs) < 1e-3
     print(text + generate(model, tokenizer, text, max_tokens=120))
 
 
@@ -224,7 +232,14 @@ def main() -> None:
     check_target(target, args.to, ids)
     check_assistant(target, assistant, args.to, ids)
     check_tokenizer(args.to)
-    check_mlx(target, args.to)
+
+    @torch.no_grad()
+    def logits(ids: Tensor) -> Tensor:
+        L = ids.shape[1]
+        hidden, _ = target(ids, ropes_at(torch.arange(L), TARGET), target_masks(L, TARGET.window))
+        return target.head(hidden)
+
+    check_mlx(logits, args.to)
 
 
 if __name__ == "__main__":

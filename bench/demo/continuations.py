@@ -1,4 +1,4 @@
-"""The target's own continuations of training prompts: what the assistant learns from."""
+"""The target's own continuations of training prompts: what a drafter learns from."""
 
 import argparse
 import json
@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bench.demo.corpus import Document, load_corpus
-from bench.demo.gemma import TARGET, Past, Target, ropes_at
-from bench.demo.training import load_model
+from bench.demo.families import FAMILIES, Family, family_argument
+from bench.demo.optimizer import FAST
 from bench.demo.vocabulary import BOS
 
 LENGTH = 385  # tokens of a row, prompt and continuation: 384 to read, one more to predict
@@ -20,16 +20,15 @@ LENGTH = 385  # tokens of a row, prompt and continuation: 384 to read, one more 
 class Decoding:
     """Batched decoding with a cache; all rows of a batch are equally long."""
 
-    def __init__(self, target: Target, capacity: int) -> None:
-        self.target, self.past = target, Past(capacity, target.sizes.window)
+    def __init__(self, family: Family, target: nn.Module, capacity: int) -> None:
+        self.family, self.target, self.past = family, target, family.past(capacity)
 
     @torch.no_grad()
     def feed(self, ids: Tensor) -> Tensor:
         """Read ids (B, L) and return the logits that follow the last (B, V)."""
         first, block = self.past.length, ids.shape[1]
-        ropes = ropes_at(torch.arange(first, first + block), TARGET)
-        hidden, _ = self.target(ids, ropes, self.past.masks(block), self.past)
-        self.past.length += block
+        ropes = self.family.ropes(torch.arange(first, first + block))
+        hidden = self.family.hidden(self.target, ids, ropes, self.past.masks(block), self.past)
         return self.target.head(hidden[:, -1])
 
 
@@ -39,10 +38,10 @@ def pick(logits: Tensor, temperature: Tensor, generator: torch.Generator) -> Ten
     return (logits + temperature * noise).argmax(-1, keepdim=True)
 
 
-def extend(target: Target, prompts: Tensor, length: int, temperature: Tensor, seed: int) -> Tensor:
+def extend(family: Family, target: nn.Module, prompts: Tensor, length: int, temperature: Tensor, seed: int) -> Tensor:
     """Continue prompts (B, L) to `length` tokens."""
     generator = torch.Generator().manual_seed(seed)
-    decoding, rows, block = Decoding(target, length), [prompts], prompts
+    decoding, rows, block = Decoding(family, target, length), [prompts], prompts
     for _ in range(length - prompts.shape[1]):
         block = pick(decoding.feed(block), temperature, generator)
         rows.append(block)
@@ -80,17 +79,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--batches", type=int, required=True)
     parser.add_argument("--rows", type=int, default=192)
+    family_argument(parser)
     args = parser.parse_args()
-    target = Target()
-    load_model(target, args.out / "target")
-    target.bfloat16()  # as released, and twice as fast
+    family = FAMILIES[args.family]
+    target = family.load_target(args.out).to(FAST)
     prompts = Prompts(args.out, load_corpus(args.out), seed=1)
     # Three rows in four are greedy; the others are sampled at temperatures from 0.6 to 1.
     temperature = torch.linspace(0.6, 1.0, args.rows)[:, None]
     temperature[torch.arange(args.rows) % 4 != 0] = 0.0
     written, began = [], time.monotonic()
     for i in range(args.batches):
-        rows = extend(target, prompts.batch(args.rows), LENGTH, temperature, seed=i)
+        rows = extend(family, target, prompts.batch(args.rows), LENGTH, temperature, seed=i)
         written.append(rows.numpy().astype(np.uint16))
         np.save(args.out / "continuations.npy", np.concatenate(written))
         counts = {"rows": args.rows * (i + 1), "length": LENGTH, "seconds": round(time.monotonic() - began)}

@@ -247,6 +247,8 @@ class Target(nn.Module):
                 if past is not None:
                     kv[kind] = past.store(i, kind, kv[kind])
             h = layer(h, ropes[kind], kv[kind], masks[kind], ple[:, :, i], x)
+        if past is not None:
+            past.length += ids.shape[1]
         return self.norm(h), kv
 
     def head(self, hidden: Tensor) -> Tensor:
@@ -351,7 +353,3 @@ def initialise(model: nn.Module, seed: int) -> None:
             parameter.data.normal_(0.0, 0.1, generator=generator)
         elif parameter.ndim == 2:
             parameter.data.normal_(0.0, parameter.shape[1] ** -0.5, generator=generator)
-
-
-def parameter_count(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())

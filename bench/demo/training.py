@@ -10,9 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bench.demo.optimizer import Optimizer
+from bench.demo.optimizer import FAST, Optimizer
 
 LENGTH = 512
+
+
+def autocast() -> torch.autocast:
+    """Matrix products in bf16 where the CPU has them, as for the first pair; fp32 elsewhere."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=torch.bfloat16 == FAST)
 
 
 class Stream:
@@ -69,17 +74,28 @@ class Run:
         self.optimizer.done, self.seconds = state["done"], state["seconds"]
 
 
-def load_model(model: nn.Module, folder: Path) -> nn.Module:
-    """Load a checkpoint's weights rounded to bf16, as they are released, into fp32."""
+Rounding = Callable[[str, Tensor], Tensor]  # of a weight's name and values
+
+
+def to_bf16(name: str, weight: Tensor) -> Tensor:
+    """The values that a bf16 file keeps."""
+    return weight.bfloat16().float()
+
+
+def load_model(model: nn.Module, folder: Path, rounded: Rounding = to_bf16) -> nn.Module:
+    """Load a checkpoint's weights rounded as they are released, into fp32."""
     weights = torch.load(folder / "checkpoint.pt")["model"]
-    model.load_state_dict({name: w.bfloat16().float() for name, w in weights.items()})
+    model.load_state_dict({name: rounded(name, w) for name, w in weights.items()})
     return model.eval().requires_grad_(False)
 
 
-def train_from_command_line(train: Callable[[Path, int], None], description: str | None) -> None:
-    """Run a trainer with the folder and the number of steps that the command line gives."""
+def parameter_count(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    """What every trainer's command line has: the folder and the number of steps."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, required=True)
-    args = parser.parse_args()
-    train(args.out, args.steps)
+    return parser
