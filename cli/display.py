@@ -1,5 +1,6 @@
 """What a person sees: streamed text with coloured drafts, progress, and the table of figures."""
 
+import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +30,25 @@ _stderr = Console(stderr=True, highlight=False)
 def note(message: str) -> None:
     """One line for the user, beside the text."""
     _stderr.print(message, style="dim", markup=False)
+
+
+class Notes(logging.Handler):
+    """Holds what the package reports until it does not run into the streamed text."""
+
+    def __init__(self, verbose: bool):
+        super().__init__(logging.INFO if verbose else logging.WARNING)
+        self._held: list[str] = []
+        log = logging.getLogger("mtp_mlx")
+        log.setLevel(self.level)
+        log.handlers, log.propagate = [self], False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._held.append(record.getMessage())
+
+    def show(self) -> None:
+        for message in self._held:
+            note(message)
+        self._held.clear()
 
 
 @contextmanager

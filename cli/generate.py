@@ -12,10 +12,10 @@ import typer
 from jinja2 import TemplateError
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mtp_mlx.cli.display import Progress, Writer, loading, note, stats_table
+from mtp_mlx.cli.display import Notes, Progress, Writer, loading, note, stats_table
 from mtp_mlx.errors import CheckpointError, RequestError
 from mtp_mlx.generate import DEFAULT_MAX_TOKENS, DEFAULT_PREFILL_STEP, Response, check_text, stream_generate
-from mtp_mlx.loading import DEMO, Loaded, load_pair
+from mtp_mlx.loading import DEMO, DEMOS, Loaded, load_pair
 from mtp_mlx.sampling import choose_sampler
 
 DEMO_PROMPT = '''\
@@ -33,11 +33,11 @@ def command(
         str | None, typer.Argument(help="The prompt; left out or '-', it is read from standard input.")
     ] = None,
     model: Annotated[
-        str, typer.Option(help="Folder or hub id of the target; 'demo' is built in and works offline.")
+        str, typer.Option(help="Folder or hub id of the target; 'demo' and 'demo-qwen' are built in and work offline.")
     ] = DEMO,
     drafter: Annotated[
         str,
-        typer.Option(help="Folder or hub id of the drafter, 'auto' for the one that belongs to it, or 'none'."),
+        typer.Option(help="Folder, file or hub id of the drafter, 'auto' for the one that belongs to it, or 'none'."),
     ] = "auto",
     max_tokens: Annotated[
         int,
@@ -65,6 +65,7 @@ def command(
         bool, typer.Option("--show-drafts", help="Colour accepted drafts, corrections and bonus tokens.")
     ] = False,
     stats: Annotated[bool, typer.Option(help="Print a table of figures on stderr afterwards.")] = True,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Report what is decided about the files.")] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object in place of the text and the table.")
     ] = False,
@@ -76,10 +77,12 @@ def command(
     parsed_depth = parse_depth(depth)
     sampler = choose_sampler(temp, top_p, min_p, top_k, seed)
     text = _read_prompt(prompt, model)
+    notes = Notes(verbose)
     with loading(model):
         loaded = load_pair(model, drafter, parse_dtype(dtype))
-    if loaded.drafter is None and drafter == "auto":
-        note(loaded.drafter_reason)
+    if verbose or (loaded.drafter is None and drafter == "auto"):
+        note(f"drafter: {loaded.drafter or 'none'} ({loaded.drafter_reason})")
+    notes.show()
     with Progress() as progress:
         responses = stream_generate(
             loaded.pair,
@@ -95,6 +98,7 @@ def command(
             _print_json(responses, loaded)
         else:
             _print_text(responses, show_drafts, stats)
+    notes.show()
 
 
 def parse_depth(depth: str) -> int | str:
@@ -124,7 +128,7 @@ def _read_prompt(prompt: str | None, model: str) -> str:
     if sys.stdin is None:
         raise RequestError("no prompt, and standard input is closed; give the prompt as an argument")
     if prompt is None and sys.stdin.isatty():
-        if model != DEMO:
+        if model not in DEMOS:
             raise RequestError("no prompt; give one as an argument or on standard input")
         sys.stdout.write(DEMO_PROMPT)
         return DEMO_PROMPT

@@ -17,6 +17,8 @@ PRIOR = 8  # drafts that the expectation from the position before is worth
 GAIN = 1.03  # a change must promise at least this
 FORGET_AFTER = 128  # rounds
 PROBE_AFTER, PROBE_AT_MOST = 32, 512  # rounds between probes of the depths not in use, doubling
+CHECK_ROUNDS = 32  # rounds with drafts after which a drafter is judged: 32 drafts at depth 1, 128 at depth 4
+CHECK_HITS = 2  # of them must have kept their first draft; a pair that fits keeps 10 on the hardest text
 
 
 class Depth(Protocol):
@@ -31,6 +33,11 @@ class Depth(Protocol):
 
     def observe(self, drafted: int, accepted: int, seconds: float) -> None: ...
 
+    @property
+    def alarm(self) -> str | None:
+        """Why drafting was given up for good, if it was, and what may be wrong."""
+        ...
+
     def reason(self) -> str:
         """Why the present depth was chosen, for people."""
         ...
@@ -42,6 +49,7 @@ class Fixed:
 
     k: int
     why: str = "set by the caller"
+    alarm: None = None
 
     def choose(self) -> int:
         return self.k
@@ -85,6 +93,7 @@ class Measured:
     wait: int = PROBE_AFTER
     since_probe: int = 0
     number: int = 0  # rounds so far
+    alarm: None = None
 
     def __post_init__(self) -> None:
         self.plan = [self.trial] * SAMPLES + [0] * SAMPLES
@@ -172,10 +181,54 @@ class Measured:
         )
 
 
+@dataclass
+class Checked:
+    """A policy, and a judgement of the drafter by its first rounds: one that almost never hits does not fit.
+
+    Nothing else tells of a head read in the wrong convention or made for another checkpoint: the text stays right.
+    A policy that stops drafting early is overruled, one draft at a time and unbeknown to it, until it is made.
+    """
+
+    policy: Depth
+    rounds: int = 0  # with drafts
+    hits: int = 0  # of those, how many kept their first draft
+    overruled: bool = False  # whether the next round drafts against the policy's choice
+
+    @property
+    def k(self) -> int:
+        return 0 if self.alarm else self.policy.k
+
+    @property
+    def alarm(self) -> str | None:
+        if self.rounds < CHECK_ROUNDS or self.hits >= CHECK_HITS:
+            return None
+        return (
+            f"only {self.hits} of the first {self.rounds} rounds kept a draft, so drafting is off: the drafter does "
+            "not fit this target; it may have been made for another checkpoint, its norms may be stored in another "
+            "convention than its file's format shows, or its positions may be off"
+        )
+
+    def choose(self) -> int:
+        if self.alarm:
+            return 0
+        k = self.policy.choose()
+        self.overruled = k == 0 and 0 < self.rounds < CHECK_ROUNDS and self.hits < CHECK_HITS
+        return 1 if self.overruled else k
+
+    def observe(self, drafted: int, accepted: int, seconds: float) -> None:
+        if drafted and self.rounds < CHECK_ROUNDS:
+            self.rounds, self.hits = self.rounds + 1, self.hits + (accepted > 0)
+        if not self.overruled:
+            self.policy.observe(drafted, accepted, seconds)
+
+    def reason(self) -> str:
+        return self.alarm or self.policy.reason()
+
+
 def choose_depth(depth: int | str, limit: int) -> Depth:
     """The policy a user means by a number or "auto". Raises RequestError for anything else."""
     if depth == "auto":
-        return Measured(min(DEEPEST, limit)) if limit else Fixed(0, "no drafter")
+        return Checked(Measured(min(DEEPEST, limit))) if limit else Fixed(0, "no drafter")
     if not isinstance(depth, int) or isinstance(depth, bool):
         raise RequestError(f'depth {depth!r} is neither "auto" nor a number of drafts')
     if depth < 0:
@@ -184,4 +237,4 @@ def choose_depth(depth: int | str, limit: int) -> Depth:
         raise RequestError(f"depth {depth} needs a drafter and there is none; give --drafter or use depth 0")
     if depth > limit:
         raise RequestError(f"depth {depth} is more than this drafter's limit of {limit}")
-    return Fixed(depth)
+    return Checked(Fixed(depth)) if depth else Fixed(0)

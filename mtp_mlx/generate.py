@@ -1,5 +1,6 @@
 """mlx-lm's generation functions over a pair: one response per token, in mlx-lm's shape."""
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +18,8 @@ from mtp_mlx.rounds import Round, Sequence, rounds
 from mtp_mlx.sampling import Greedy, Sampler
 from mtp_mlx.stats import Memory, Stats
 from mtp_mlx.types import Pair
+
+_log = logging.getLogger(__name__)
 
 Origin = Literal["plain", "accepted", "correction", "bonus"]
 Prompt = str | list[int] | mx.array
@@ -77,7 +80,10 @@ def stream_generate(
                 progress(len(ids), len(ids))
             result = emitter.until_stop(whole)
             sequence.keep(len(result.tokens))
+            warned = stats.alarm
             stats = stats.after(result, policy, sequence.cache.nbytes, mx.get_peak_memory())
+            if stats.alarm and not warned:
+                _log.warning(stats.alarm)
             yield from emitter.responses(result, stats)
             if emitter.finished:
                 return

@@ -53,6 +53,7 @@ class Stats:
     host: Phase = field(default_factory=Phase)
     depth: int = 0  # drafts per round, as chosen by now
     depth_reason: str = ""
+    alarm: str | None = None  # why drafting was given up for good, if it was
     memory: Memory = field(default_factory=Memory)
 
     def after(self, result: Round, depth: Depth, cache_bytes: int, peak_bytes: int) -> "Stats":
@@ -78,6 +79,7 @@ class Stats:
             host=host.add(times.host if times and times.draft is not None else None),
             depth=depth.k,
             depth_reason=depth.reason(),
+            alarm=depth.alarm,
             memory=replace(self.memory, cache=cache_bytes, peak=peak_bytes),
         )
 
@@ -119,6 +121,7 @@ class Stats:
             "host_ms": self.host.ms,
             "depth": self.depth,
             "depth_reason": self.depth_reason,
+            "alarm": self.alarm,
             "memory": {
                 "target": self.memory.target,
                 "drafter": self.memory.drafter,

@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mtp_mlx.cache import MAX_BLOCK, Cache, FullCache, KeyValueCache, SlidingCache, bucket
+from mtp_mlx.cache import MAX_BLOCK, Cache, FullCache, KeyValueCache, RecurrentCache, SlidingCache, bucket
 from mtp_mlx.types import Mask, Span, Visible
 
 WINDOW = 8
@@ -131,3 +131,116 @@ def test_a_write_in_decoding_happens_in_place() -> None:
             mx.reset_peak_memory()
     mx.eval(cache.arrays())
     assert mx.get_peak_memory() - before < cache.nbytes / 4
+
+
+HEADS, SIZE, CHANNELS, KERNEL = (2, 4), (32, 48), 12, 4  # of a recurrent layer: (key, value) heads and their sizes
+
+
+def _put(cache: RecurrentCache, rows: list[mx.array]) -> mx.array:
+    """Let a block go through a recurrent layer: its convolution's input, then what the state reads."""
+    mixed, *inputs = rows
+    return mx.concatenate([cache.extend(mixed).reshape(1, -1), cache.recur(*inputs).reshape(1, -1)], axis=1)
+
+
+def _block_of(length: int, seed: int, dtype: mx.Dtype = mx.float32, batch: int = 1) -> list[mx.array]:
+    """Rows of the convolution, queries, keys, values, decay and beta."""
+    keys = mx.random.split(mx.random.key(seed), 6)
+    shapes = [(CHANNELS,), (HEADS[0], SIZE[0]), (HEADS[0], SIZE[0]), (HEADS[1], SIZE[1])]
+    rows = [mx.random.normal((batch, length, *shape), key=key) for shape, key in zip(shapes, keys[:4], strict=True)]
+    rows[2] = rows[2] / mx.linalg.norm(rows[2], axis=-1, keepdims=True)
+    decay = mx.random.uniform(0.9, 1.0, (batch, length, HEADS[1]), key=keys[4])
+    beta = mx.random.uniform(0.0, 1.0, (batch, length, HEADS[1]), key=keys[5])
+    return [array.astype(dtype) for array in rows] + [decay, beta.astype(dtype)]
+
+
+def _first(rows: list[mx.array], count: int) -> list[mx.array]:
+    return [array[:, :count] for array in rows]
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+@pytest.mark.parametrize("kept", range(1, 8))
+def test_a_recurrent_layer_that_keeps_a_part_is_one_that_never_saw_the_rest(kept: int, dtype: mx.Dtype) -> None:
+    """To the bit, whether the host or only the device knows the number."""
+    before, block, after = (_block_of(length, seed, dtype) for seed, length in enumerate((5, 7, 3)))
+    results = []
+    for commit in (None, kept, mx.array([kept])):
+        cache = RecurrentCache(KERNEL)
+        _put(cache, before)
+        cache.commit(5)
+        seen = _put(cache, _first(block, kept) if commit is None else block)
+        cache.commit(kept if commit is None else commit)
+        results.append([*cache.arrays(), _put(cache, after)])
+    for other in results[1:]:
+        assert all(mx.array_equal(a, b).item() for a, b in zip(results[0], other, strict=True))
+    assert results[0][1].dtype == mx.float32
+    assert mx.isfinite(seen).all()
+
+
+def test_a_recurrent_layer_computes_nothing_again_where_all_rows_are_kept() -> None:
+    cache = RecurrentCache(KERNEL)
+    _put(cache, _block_of(6, 0))
+    after = cache.arrays()[-1]
+    cache.commit(6)
+    assert cache.arrays()[1] is after
+
+
+def test_rows_of_a_batch_keep_their_own_part_of_a_recurrent_block() -> None:
+    batch, blocks = RecurrentCache(KERNEL), _block_of(5, 3, batch=3)
+    _put(batch, blocks)
+    batch.commit(mx.array([1, 5, 3]))
+    for row, kept in enumerate((1, 5, 3)):
+        single = RecurrentCache(KERNEL)
+        _put(single, [array[row : row + 1, :kept] for array in blocks])
+        single.commit(kept)
+        for mine, theirs in zip(batch.arrays(), single.arrays(), strict=True):
+            assert mx.array_equal(mine[row], theirs[0])
+
+
+def test_a_recurrent_block_that_is_abandoned_leaves_no_trace() -> None:
+    """A round that fails before its commit: the next block starts from the same state."""
+    cache, block = RecurrentCache(KERNEL), _block_of(4, 1)
+    _put(cache, _block_of(5, 0))
+    cache.commit(5)
+    expected = _put(cache, block)
+    _put(cache, _block_of(8, 2))
+    assert mx.array_equal(_put(cache, block), expected)
+
+
+@pytest.mark.parametrize("length", [1, 4, 8])
+def test_a_recurrent_block_holds_its_inputs_and_not_a_state_for_every_row(length: int) -> None:
+    cache = Cache([RecurrentCache(KERNEL)])
+    _put(cache.recurrent(0), _block_of(5, 0, mx.bfloat16))
+    cache.commit(5)
+    state = HEADS[1] * SIZE[1] * SIZE[0] * 4
+    tail = (KERNEL - 1) * CHANNELS * 2
+    assert cache.nbytes == cache.position.nbytes + state + tail
+    _put(cache.recurrent(0), _block_of(length, 1, mx.bfloat16))
+    row = 2 * (CHANNELS + HEADS[0] * SIZE[0] + HEADS[1] * SIZE[1] + HEADS[1]) + 4 * HEADS[1]  # decay is float32
+    assert cache.nbytes == cache.position.nbytes + 2 * (state + tail) + length * row
+    cache.commit(1)
+    assert cache.nbytes == cache.position.nbytes + state + tail
+
+
+def test_the_decay_is_not_rounded_to_the_rows_precision() -> None:
+    """In bfloat16 0.999 is 1: a memory that should have lost 63 % after 1000 rows would have lost nothing."""
+    cache, rows = RecurrentCache(KERNEL), _block_of(1, 0, mx.bfloat16)
+    _put(cache, rows)
+    cache.commit(1)
+    start = cache.arrays()[1]
+    still = [*rows[:4], mx.full(rows[4].shape, 0.999), mx.zeros_like(rows[5])]
+    for _ in range(1000):
+        _put(cache, still)
+        cache.commit(1)
+        mx.eval(cache.arrays())
+    assert mx.allclose(cache.arrays()[1], start * 0.999**1000, rtol=1e-4)
+
+
+def test_the_layer_of_a_drafter_lives_in_the_targets_cache() -> None:
+    cache, own = Cache([FullCache()]), FullCache()
+    cache.reserve(300)
+    cache.attach(own)
+    own.write(_rows(0, 300), _rows(0, 300), Span(0, 300))
+    assert own.stored().keys.shape[2] == cache.capacity
+    assert cache.nbytes > own.stored().keys.nbytes
+    cache.reserve(5000)
+    assert own.stored().keys.shape[2] == cache.capacity

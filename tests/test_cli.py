@@ -16,7 +16,8 @@ VARIANT = str(FIXTURES / "gemma4_keqv")
 FIGURES = {
     "text", "tokens", "prompt_tokens", "prompt_tps", "generation_tokens", "generation_tps", "ttft_s",
     "finish_reason", "rounds", "tokens_per_round", "drafted", "accepted", "accepted_per_position",
-    "commit_ms", "draft_ms", "verify_ms", "host_ms", "depth", "depth_reason", "memory", "model", "drafter", "versions",
+    "commit_ms", "draft_ms", "verify_ms", "host_ms", "depth", "depth_reason", "alarm", "memory", "model",
+    "drafter", "versions",
 }  # fmt: skip
 
 

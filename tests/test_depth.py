@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from mtp_mlx.depth import DEEPEST, SAMPLES, Fixed, Measured, choose_depth
+from mtp_mlx.depth import CHECK_ROUNDS, DEEPEST, SAMPLES, Checked, Depth, Fixed, Measured, choose_depth
 from mtp_mlx.errors import RequestError
 
 
@@ -17,7 +17,7 @@ class Machine:
         self.random = random.Random(seed)
         self.seconds, self.tokens, self.depths = 0.0, 0, []  # type: ignore[var-annotated]
 
-    def play(self, policy: Measured, rounds: int) -> None:
+    def play(self, policy: Depth, rounds: int) -> None:
         for _ in range(rounds):
             k = policy.choose()
             accepted = 0
@@ -107,7 +107,45 @@ def test_without_a_drafter_nothing_is_drafted() -> None:
 
 def test_a_drafter_with_a_low_limit_is_never_asked_for_more() -> None:
     policy = choose_depth("auto", 2)
-    assert isinstance(policy, Measured)
     machine = Machine(0.01, 0.99)
     machine.play(policy, 100)
     assert max(machine.depths) == 2
+
+
+@pytest.mark.parametrize("policy", ["auto", 1, 4])
+def test_a_drafter_that_never_hits_is_given_up_and_the_reason_named(policy: str | int) -> None:
+    machine, checked = Machine(0.2, 0.0), choose_depth(policy, 31)
+    machine.play(checked, 60)
+    assert sum(depth > 0 for depth in machine.depths) == CHECK_ROUNDS
+    assert machine.depths[-20:] == [0] * 20 and checked.k == 0
+    assert checked.alarm == checked.reason()
+    for cause in ("another checkpoint", "convention", "positions"):
+        assert cause in checked.reason()
+    if policy == "auto":
+        assert machine.depths.count(1) == CHECK_ROUNDS - SAMPLES, "one draft at a time once the trial is over"
+
+
+def test_a_drafter_that_fits_is_not_given_up_even_on_a_hard_text() -> None:
+    for seed in range(200):
+        for policy in ("auto", 4):
+            checked = choose_depth(policy, 31)
+            Machine(1.0, 0.3, seed).play(checked, 80)
+            assert checked.alarm is None
+
+
+def test_the_check_does_not_disturb_a_policy() -> None:
+    """Rounds that the check adds are not told to the policy: its trial and its costs are as without the check."""
+    inner = Measured()
+    checked = Checked(inner)
+    Machine(1.0, 0.0).play(checked, CHECK_ROUNDS + 10)
+    assert 1 not in inner.costs and inner.costs[0].seen >= SAMPLES
+    alone, watched = Machine(0.1, 0.8, 5), Machine(0.1, 0.8, 5)
+    alone.play(Measured(), 300)
+    watched.play(Checked(Measured()), 300)
+    assert alone.depths == watched.depths
+
+
+def test_a_depth_of_zero_is_never_overruled() -> None:
+    machine = Machine(0.1, 0.0)
+    machine.play(choose_depth(0, 31), 50)
+    assert machine.depths == [0] * 50

@@ -2,22 +2,27 @@
 
 from functools import cache
 from itertools import islice, pairwise
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import (
     FIXTURES,
+    QWEN,
     VARIANTS,
     WINDOW,
     AlteredTarget,
     DialledDrafter,
     Forced,
+    float32_copy,
     gap,
     mlx_lm_model,
     plain,
     run_rounds,
     tiny,
+    tiny_pair,
+    tiny_qwen,
     varied_tokens,
 )
 from mlx_lm.generate import generate_step
@@ -30,7 +35,11 @@ from mtp_mlx.rounds import Sequence, rounds
 from mtp_mlx.sampling import Greedy, Sample
 from mtp_mlx.types import Output, Pair, Span
 
-PROMPTS = [1, 5, WINDOW, WINDOW + 1, 3 * WINDOW]  # below, across and above the window
+# The other tiny Qwens differ from these two in their files only.
+ROUNDS = [*VARIANTS, "qwen3_5_dense", "qwen3_5_moe"]
+# Below, across and above the sliding window, and one token to each side of where a prompt's second chunk begins.
+PROMPTS = [1, 5, WINDOW, WINDOW + 1, WINDOW + 2, 3 * WINDOW]
+STEP = WINDOW  # prompt tokens read at a time; the truth is read at once
 HIT_RATES = [0.0, 0.5, 0.8, 1.0]
 LENGTH = 36  # tokens generated: from the shortest prompt on, twice the window
 EXACT = 2e-4  # float32, when the order of the keys in the ring differs; equal to the bit otherwise
@@ -39,7 +48,7 @@ EXACT = 2e-4  # float32, when the order of the keys in the ring differs; equal t
 @cache
 def _truth(variant: str, prompt: int) -> list[int]:
     """What plain greedy decoding writes."""
-    return plain(tiny(variant)[0], varied_tokens(prompt, seed=prompt), LENGTH)
+    return plain(tiny_pair(variant)[0], varied_tokens(prompt, seed=prompt), LENGTH)
 
 
 @cache
@@ -48,19 +57,19 @@ def _forced_rows(variant: str, prompt: int) -> tuple[list[int], Forced, mx.array
     text = varied_tokens(prompt + LENGTH, seed=prompt) + [0] * 20
     forced = Forced(mx.array(text))
     nobody = DialledDrafter.dial([], 0.0)
-    return text, forced, run_rounds(tiny(variant)[0], nobody, forced, text[:prompt], LENGTH, 0)[1]
+    return text, forced, run_rounds(tiny_pair(variant)[0], nobody, forced, text[:prompt], LENGTH, 0)[1]
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", ROUNDS)
 @pytest.mark.parametrize("k", range(1, 8))
 def test_greedy_speculation_equals_plain_decoding(variant: str, k: int) -> None:
-    target, _ = tiny(variant)
+    target, _ = tiny_pair(variant)
     for length in PROMPTS:
         prompt = varied_tokens(length, seed=length)
         truth = _truth(variant, length)
         for rate in HIT_RATES:
             drafter = DialledDrafter.dial(prompt + truth, rate, seed=k)
-            text, _, accepted = run_rounds(target, drafter, Greedy(), prompt, LENGTH, k)
+            text, _, accepted = run_rounds(target, drafter, Greedy(), prompt, LENGTH, k, STEP)
             assert text == truth, f"prompt {length}, hit rate {rate}"
             if rate == 1.0:
                 assert set(accepted[length == 1 : -1]) == {k}
@@ -68,38 +77,88 @@ def test_greedy_speculation_equals_plain_decoding(variant: str, k: int) -> None:
                 assert set(accepted) == {0}
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", ROUNDS)
 @pytest.mark.parametrize("k", range(1, 8))
 def test_every_kept_row_equals_plain_decoding_along_a_varied_text(variant: str, k: int) -> None:
     """Token equality alone could hide a wrong cache: a tiny model may repeat one token whatever it sees."""
-    target, _ = tiny(variant)
+    target, _ = tiny_pair(variant)
     partial: set[int] = set()
     for length in PROMPTS:
         text, forced, expected = _forced_rows(variant, length)
         for rate in HIT_RATES:
             drafter = DialledDrafter.dial(text, rate, seed=k)
-            tokens, rows, accepted = run_rounds(target, drafter, forced, text[:length], LENGTH, k)
+            tokens, rows, accepted = run_rounds(target, drafter, forced, text[:length], LENGTH, k, STEP)
             assert tokens == text[length : length + LENGTH]
             assert gap(rows, expected) < EXACT
             partial |= set(accepted)
     assert partial == set(range(k + 1)), "not every partial acceptance has occurred"
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("length", [5, WINDOW, 3 * WINDOW])
-def test_the_assistant_itself_changes_nothing(variant: str, length: int) -> None:
-    target, assistant = tiny(variant)
+@pytest.mark.parametrize("variant", [*VARIANTS, *QWEN])
+@pytest.mark.parametrize("length", [1, 5, WINDOW, 3 * WINDOW])
+def test_the_drafter_itself_changes_nothing(variant: str, length: int) -> None:
+    target, drafter = tiny_pair(variant)
     prompt = varied_tokens(length, seed=length)
     truth = plain(target, prompt, 40)
     for k in (1, 4, 7):
-        assert run_rounds(target, assistant, Greedy(), prompt, 40, k)[0] == truth
+        assert run_rounds(target, drafter, Greedy(), prompt, 40, k, STEP)[0] == truth
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", ROUNDS)
+@pytest.mark.parametrize("k", [3, 7])
+def test_a_conversation_goes_on_after_a_stop_inside_an_accepted_run(variant: str, k: int) -> None:
+    """Whichever token of a round is the last: the next turn is as if exactly the tokens up to it had been read."""
+    target, _ = tiny_pair(variant)
+    text = varied_tokens(80, seed=k) + [0] * 20
+    forced, nobody = Forced(mx.array(text)), DialledDrafter.dial([], 0.0)
+    for cut in range(1, k + 2):
+        drafter = DialledDrafter.dial(text, 1.0)
+        sequence = Sequence(Pair(target, drafter), forced)
+        sequence.prefill(text[:20], STEP, lambda done, total: None)
+        first = sequence.round(k)
+        assert first.accepted == k
+        second = sequence.round(k)
+        sequence.keep(cut)
+        emitted = first.tokens + second.tokens[:cut]
+        here = 20 + len(emitted)
+        assert emitted == text[20:here] and sequence.length == here - 1
+        sequence.prefill(text[here : here + 6], 4, lambda done, total: None)
+        assert sequence.length == here + 5 == sequence.cache.position.item()
+        rows = mx.concatenate([sequence.round(k).logprobs for _ in range(2)])
+        _, expected, _ = run_rounds(target, nobody, forced, text[: here + 6], 2 * (k + 1), 0)
+        assert gap(rows, expected) < EXACT
+
+
+@pytest.mark.parametrize("variant", ROUNDS)
+def test_a_drafter_goes_on_after_a_stop_as_if_it_had_read_the_whole(variant: str) -> None:
+    target, drafter = tiny_pair(variant)
+    text = varied_tokens(80) + [0] * 20
+    forced, silent = Forced(mx.array(text)), lambda done, total: None
+    sequence = Sequence(Pair(target, drafter), forced)
+    sequence.prefill(text[:20], STEP, silent)
+    sequence.round(0)
+    sequence.round(5)
+    result = sequence.round(0)
+    sequence.keep(len(result.tokens))
+    here = sequence.length + 1
+    sequence.prefill(text[here : here + 6], 4, silent)
+    fresh = Sequence(Pair(target, drafter), forced)
+    fresh.prefill(text[: here + 6], 2048, silent)
+    for each in (sequence, fresh):
+        each.round(0)
+        each._commit()
+        assert each.last is not None
+    drafts = [
+        drafter.draft(each.state, each.last, 6).tokens.tolist() for each in (sequence, fresh) if each.last is not None
+    ]
+    assert drafts[0] == drafts[1]
+
+
+@pytest.mark.parametrize("variant", [*VARIANTS, "qwen3_5_dense"])
 @pytest.mark.parametrize("length", [200, 253, 256])
-def test_the_assistant_reads_buffers_that_have_just_grown(variant: str, length: int) -> None:
+def test_the_drafter_reads_buffers_that_have_just_grown(variant: str, length: int) -> None:
     """At position 256 every full layer gets a larger buffer, before the drafter looks at it."""
-    target, assistant = tiny(variant)
+    target, assistant = tiny_pair(variant)
     text = varied_tokens(length + 100)
     forced = Forced(mx.array(text + [0] * 20))
     nobody = DialledDrafter.dial([], 0.0)
@@ -140,10 +199,19 @@ def test_plain_decoding_equals_mlx_lm(variant: str, length: int) -> None:
     assert plain(target, prompt, 60) == [int(token) for token, _ in steps]
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", QWEN)
+@pytest.mark.parametrize("length", [2, 12, 3 * WINDOW])
+def test_plain_decoding_of_qwen_equals_mlx_lm(variant: str, length: int, tmp_path: Path) -> None:
+    theirs = mlx_lm_model(float32_copy(variant, tmp_path / variant))
+    prompt = varied_tokens(length, seed=length)
+    steps = generate_step(mx.array(prompt), theirs, max_tokens=60)
+    assert plain(tiny_qwen(variant)[0], prompt, 60) == [int(token) for token, _ in steps]
+
+
+@pytest.mark.parametrize("variant", ROUNDS)
 @pytest.mark.parametrize("temperature", [0.7, 1.5])
 def test_a_seeded_sample_is_the_same_text_at_every_depth(variant: str, temperature: float) -> None:
-    target, _ = tiny(variant)
+    target, _ = tiny_pair(variant)
     prompt = varied_tokens(14)
     for seed in (1, 2):
         sampler = Sample(temperature, top_p=0.95, seed=seed)
@@ -155,10 +223,10 @@ def test_a_seeded_sample_is_the_same_text_at_every_depth(variant: str, temperatu
         assert len(set(truth)) > 10
 
 
-@pytest.mark.parametrize("variant", ["gemma4_ple", "gemma4_moe"])
+@pytest.mark.parametrize("variant", ["gemma4_ple", "gemma4_moe", "qwen3_5_dense"])
 @pytest.mark.parametrize("step", [1, 3, WINDOW, 2048])
 def test_prefill_does_not_depend_on_its_chunks(variant: str, step: int) -> None:
-    target, assistant = tiny(variant)
+    target, assistant = tiny_pair(variant)
     text = varied_tokens(110)
     forced = Forced(mx.array(text + [0] * 20))
     _, expected, kept = run_rounds(target, assistant, forced, text[:80], 20, 3, step=7)
@@ -167,8 +235,9 @@ def test_prefill_does_not_depend_on_its_chunks(variant: str, step: int) -> None:
     assert kept == kept_here
 
 
-def test_a_long_generation_grows_its_buffers_without_a_change() -> None:
-    target, _ = tiny("gemma4_ple")
+@pytest.mark.parametrize("variant", ["gemma4_ple", "qwen3_5_tied"])
+def test_a_long_generation_grows_its_buffers_without_a_change(variant: str) -> None:
+    target, _ = tiny_pair(variant)
     text = varied_tokens(700)
     forced = Forced(mx.array(text + [0] * 20))
     _, rows, _ = run_rounds(target, DialledDrafter.dial(text, 0.7), forced, text[:200], 450, 5)
@@ -178,10 +247,10 @@ def test_a_long_generation_grows_its_buffers_without_a_change() -> None:
     assert gap(rows, whole) < EXACT
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", ROUNDS)
 def test_a_round_is_built_without_reading_anything_back(variant: str) -> None:
     """mx.compile traces with placeholders: any read by the host between draft and commit would raise."""
-    target, assistant = tiny(variant)
+    target, assistant = tiny_pair(variant)
     sequence = Sequence(Pair(target, assistant), Greedy())
     prompt = varied_tokens(30)
     sequence.prefill(prompt, 2048, lambda done, total: None)
@@ -208,8 +277,9 @@ def test_a_round_is_built_without_reading_anything_back(variant: str) -> None:
     assert tokens[0, : count.item() + 1].tolist() == fresh.round(4).tokens
 
 
-def test_the_host_reads_once_per_round(monkeypatch: pytest.MonkeyPatch) -> None:
-    target, assistant = tiny("gemma4_keqv")
+@pytest.mark.parametrize("variant", ["gemma4_keqv", "qwen3_5_dense"])
+def test_the_host_reads_once_per_round(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    target, assistant = tiny_pair(variant)
     sequence = Sequence(Pair(target, assistant), Greedy())
     sequence.prefill(varied_tokens(20), 2048, lambda done, total: None)
     sequence.round(0)
