@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import report
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 import mtp_mlx
 from mtp_mlx.sampling import choose_sampler
@@ -21,30 +22,36 @@ PROMPTS = Path(__file__).parent / "demo" / "heldout.json"
 
 
 def main() -> None:
-    options = _options()
+    options = parser().parse_args()
     pair, tokenizer = mtp_mlx.load(options.model, options.drafter)
     prompts = json.loads(options.prompts.read_text())[: options.limit]
     figures = {}
     for depth in options.depth:
-        runs = []
-        for number, prompt in enumerate(prompts):
-            sampler = choose_sampler(options.temp, 1.0, 0.0, 0, number)
-            run = mtp_mlx.stream_generate(
-                pair, tokenizer, prompt["text"], max_tokens=options.tokens, depth=depth, sampler=sampler
-            )
-            runs.append(list(run)[-1].stats)
-        figures[depth] = _summary(runs)
+        figures[depth] = summary([run(pair, tokenizer, prompts, i, depth, options) for i in range(len(prompts))])
         print(f"depth {depth}: {figures[depth]}", file=sys.stderr)
-    settings = {
-        "model": options.model,
-        "prompts": len(prompts),
-        "tokens": options.tokens,
-        "temp": options.temp,
-    }
-    report.write({"settings": settings, "depths": figures}, options.out)
+    report.write({"settings": settings(options, prompts), "depths": figures}, options.out)
 
 
-def _summary(runs: list[mtp_mlx.Stats]) -> dict[str, object]:
+def run(
+    pair: mtp_mlx.Pair,
+    tokenizer: TokenizerWrapper,
+    prompts: list[dict[str, str]],
+    number: int,
+    depth: int,
+    options: argparse.Namespace,
+) -> mtp_mlx.Stats:
+    """The figures of one text; its number is the seed."""
+    sampler = choose_sampler(options.temp, 1.0, 0.0, 0, number)
+    text = prompts[number]["text"]
+    responses = mtp_mlx.stream_generate(pair, tokenizer, text, max_tokens=options.tokens, depth=depth, sampler=sampler)
+    return list(responses)[-1].stats
+
+
+def settings(options: argparse.Namespace, prompts: list[dict[str, str]]) -> dict[str, object]:
+    return {"model": options.model, "prompts": len(prompts), "tokens": options.tokens, "temp": options.temp}
+
+
+def summary(runs: list[mtp_mlx.Stats]) -> dict[str, object]:
     tokens, rounds = sum(run.generation_tokens for run in runs), sum(run.rounds for run in runs)
     per_text = [run.tokens_per_round for run in runs]
     depth = max(len(run.reached_per_position) for run in runs)
@@ -65,7 +72,7 @@ def _at(counts: tuple[int, ...], j: int) -> int:
     return counts[j] if j < len(counts) else 0
 
 
-def _options() -> argparse.Namespace:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo")
     parser.add_argument("--drafter", default="auto")
@@ -75,7 +82,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=200)
     parser.add_argument("--temp", type=float, default=0.0)
     parser.add_argument("--out", type=Path)
-    return parser.parse_args()
+    return parser
 
 
 if __name__ == "__main__":

@@ -15,8 +15,11 @@ ALLOWED = {
     "mtp_mlx.types": set(),
     "mtp_mlx.cache": {"types"},
     "mtp_mlx.ngram": {"cache", "types"},
-    "mtp_mlx.models.gemma4": {"cache", "types"},
-    "mtp_mlx.models.gemma4_assistant": {"cache", "types", "models.gemma4"},
+    "mtp_mlx.models.base": set(),
+    "mtp_mlx.models.gemma4": {"cache", "types", "models"},
+    "mtp_mlx.models.gemma4_assistant": {"cache", "types", "models.base", "models.gemma4"},
+    "mtp_mlx.models.qwen3_5": {"cache", "types", "models"},
+    "mtp_mlx.models.qwen3_5_mtp": {"cache", "types", "models", "models.qwen3_5"},
     "mtp_mlx.sampling": {"errors"},
     "mtp_mlx.accept": {"sampling", "types"},
     "mtp_mlx.depth": {"errors"},
@@ -74,7 +77,8 @@ def test_only_loading_names_architectures() -> None:
         if name.startswith("mtp_mlx.models") or name == "mtp_mlx.loading":
             continue
         code = ast.unparse(ast.parse(path.read_text()).body[1:] or ast.parse(path.read_text()).body)  # type: ignore[arg-type]
-        assert "gemma4" not in code, f"{name} knows an architecture"
+        for family in ("gemma4", "qwen3"):
+            assert family not in code.lower(), f"{name} knows an architecture"
 
 
 def test_every_folder_and_every_data_file_is_in_the_package() -> None:
@@ -87,8 +91,9 @@ def test_every_folder_and_every_data_file_is_in_the_package() -> None:
         assert (ROOT / "mtp_mlx" / name).is_symlink()
     patterns = setup["package-data"]["mtp_mlx"]
     listed = {path for pattern in patterns for path in (ROOT / "mtp_mlx").glob(pattern) if path.is_file()}
-    data = {path for path in (ROOT / "mtp_mlx" / "demo").rglob("*") if path.is_file()}
-    assert data and data <= listed
+    for demo in ("demo", "demo_qwen"):
+        data = {path for path in (ROOT / "mtp_mlx" / demo).rglob("*") if path.is_file()}
+        assert data and data <= listed
 
 
 def test_every_module_is_described() -> None:
