@@ -21,7 +21,7 @@ from bench.demo.checkpoint import (
     write_weights,
 )
 from bench.demo.families import QWEN
-from bench.demo.qwen import FULL, SIZES, Head, Sizes, Target, additive, causal, causal_mask, rope_table
+from bench.demo.qwen import FULL, SIZES, Head, Past, Sizes, Target, additive, causal, causal_mask, rope_table
 from bench.demo.training import load_model
 
 
@@ -96,6 +96,17 @@ def read(target: Target, ids: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def check_steps(target: Target, ids: Tensor) -> None:
+    """The rule by chunks, which training used, against the plain recurrence of token by token."""
+    past, steps = Past(ids.shape[1]), []
+    for i, token in enumerate(ids.T):
+        steps.append(target(token[None], rope_table(torch.arange(i, i + 1)), past.masks(1), past))
+    worst = difference(torch.cat(steps, 1), read(target, ids))
+    print("chunks against steps, max abs difference of hidden:", worst)
+    assert worst < 1e-3
+
+
+@torch.no_grad()
 def check_target(target: Target, out: Path, ids: Tensor) -> None:
     """Compare with transformers' own class in fp32: logits and hidden."""
     from transformers import Qwen3_5ForCausalLM
@@ -158,6 +169,7 @@ def main() -> None:
     target, head = QWEN.load_target(args.out), load_model(Head(), args.out / "head", QWEN.rounded)
     write(target, head, args.out / "tokenizer", args.to)
     ids = torch.randint(4, SIZES.vocab, (1, 300), generator=torch.Generator().manual_seed(0))
+    check_steps(target, ids)
     check_target(target, args.to, ids)
     check_head(target, head, args.to, ids)
     check_tokenizer(args.to)
