@@ -358,11 +358,10 @@ class Model(nn.Module):
         Raises ValueError for a file that mixes layouts.
         """
         raw = is_raw(weights)
+        renamed = {base.rename(name): array for name, array in weights.items()}
+        needed = {name: array for name, array in renamed.items() if not _is_ballast(name, self.config)}
         kept: dict[str, mx.array] = {}
-        for given, array in base.stack_experts(weights, "switch_mlp").items():
-            name = base.rename(given)
-            if _is_ballast(name, self.config):
-                continue
+        for name, array in base.stack_experts(needed, "switch_mlp").items():
             for part, value in _unpacked(name, array, self.config):
                 kept[part] = _as_applied(part, value) if raw else value
         return kept

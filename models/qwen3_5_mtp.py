@@ -133,21 +133,23 @@ DECLARATIONS: tuple[tuple[str, str, Mapping[str, bool]], ...] = (
 
 
 def own_tensors(weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
-    """The head's tensors under the names they have below `mtp.`; empty if a file holds no head.
-
-    A file of its own may leave the prefix out.
-    """
-    prefixed = {name: array for name, array in weights.items() if _PREFIX.match(name)}
-    if prefixed:
-        return {_PREFIX.sub("", name): array for name, array in prefixed.items()}
-    return dict(weights) if is_head(weights) else {}
+    """The head's tensors under the names they have below `mtp.`; empty if a file holds no head."""
+    if is_bare(weights):
+        return dict(weights)
+    return {_PREFIX.sub("", name): array for name, array in weights.items() if _PREFIX.match(name)}
 
 
 def is_head(names: Collection[str]) -> bool:
     """Whether there is an mtp head among tensors of these names."""
-    return any(_PREFIX.match(name) for name in names) or "pre_fc_norm_hidden.weight" in names
+    return is_bare(names) or any(_PREFIX.match(name) for name in names)
 
 
+def is_bare(names: Collection[str]) -> bool:
+    """Whether a file holds a head and nothing else, and leaves the prefix out."""
+    return WIDTH in names
+
+
+WIDTH = "pre_fc_norm_hidden.weight"  # as wide as the target's hidden, and never quantised
 _PREFIX = re.compile(r"^(model\.|language_model\.)*mtp\.")
 
 
@@ -157,8 +159,8 @@ def convention(
     """Decide how a file stores its norms: from its format, and from the values only where the format does not tell.
 
     `weights` are all tensors of the checkpoint or file, `declared` is what its writer says, `split` means a folder of
-    type qwen3_5_mtp, `metadata` is the "format" of the safetensors header. A head read in the wrong convention
-    drafts nonsense without any error.
+    type qwen3_5_mtp with the names its converter gives, `metadata` is the "format" of the safetensors header. A head
+    read in the wrong convention drafts nonsense without any error.
     """
     if declared:
         return declared
@@ -176,6 +178,7 @@ def convention(
 # Means in published heads: -0.1 to 0.4 as differences, 0.87 to 1.25 as applied. Those of the other norms overlap.
 _LAYER_NORMS = ("layers.0.input_layernorm.weight", "layers.0.post_attention_layernorm.weight")
 _BETWEEN = 0.65
+_DENSE = re.compile(r"\.mlp\.(?=(gate|up|down)_proj\.)")
 _NORM = re.compile(r"(^|\.)(\w+_norm_\w+|\w*norm)\.weight$")
 
 
@@ -200,9 +203,8 @@ def sanitize(weights: Mapping[str, mx.array], raw: bool) -> dict[str, mx.array]:
     mixed = exceptions(tensors, raw)
     kept: dict[str, mx.array] = {}
     for stored, array in base.stack_experts(tensors, "switch_mlp").items():
-        given = stored
-        if array.ndim == 3:  # stacked, but perhaps named like a dense layer's
-            given = re.sub(r"\.mlp\.(?=(gate|up|down)_proj\.)", ".mlp.switch_mlp.", given)
+        # Some writers name stacks of experts like a dense layer's tensors.
+        given = _DENSE.sub(".mlp.switch_mlp.", stored) if array.ndim == 3 else stored
         for name, value in base.split_experts(given, array, "switch_mlp"):
             shifted = _NORM.search(name) and raw != (name in mixed)
             kept[name] = value + 1 if shifted else value

@@ -80,16 +80,18 @@ def _qwen_head(checkpoint: Checkpoint, dtype: mx.Dtype | None, target: Target) -
         checkpoint = replace(checkpoint, file=_sidecar(checkpoint))
     if not qwen3_5_mtp.is_head(checkpoint.names()):
         raise PairError(f"{checkpoint.name} holds no mtp head: {_HOW_TO_GET_A_HEAD}")
-    config = _built(qwen3_5.TextConfig.from_dict, checkpoint)
-    if config.hidden_size != target.config.hidden_size:
+    tensors = qwen3_5_mtp.own_tensors(checkpoint.tensors())
+    norm = tensors.get(qwen3_5_mtp.WIDTH)
+    if norm is not None and norm.size != target.config.hidden_size:
         raise PairError(
-            f"the head in {checkpoint.name} was made for another target: it expects hidden size {config.hidden_size}, "
+            f"the head in {checkpoint.name} was made for another target: it expects hidden size {norm.size}, the "
             f"target has {target.config.hidden_size}; use the head of this target's original, or --drafter none"
         )
+    config = _built(qwen3_5.TextConfig.from_dict, checkpoint)
     network = _built(lambda _: qwen3_5_mtp.Network(config), checkpoint)
     stored = _head_convention(checkpoint)
     _log.info("%s: norms %s (%s)", checkpoint.name, "stored as 1 less" if stored.raw else "as applied", stored.reason)
-    for name in qwen3_5_mtp.exceptions(qwen3_5_mtp.own_tensors(checkpoint.tensors()), stored.raw):
+    for name in qwen3_5_mtp.exceptions(tensors, stored.raw):
         _log.warning("%s: %s is stored the other way, as its values show", checkpoint.name, name)
     checkpoint.fill(network, partial(qwen3_5_mtp.sanitize, raw=stored.raw), dtype)
     return qwen3_5_mtp.Head(network, target)
@@ -101,7 +103,7 @@ def _head_convention(checkpoint: Checkpoint) -> qwen3_5_mtp.Convention:
     return qwen3_5_mtp.convention(
         checkpoint.tensors(),
         declared=_declared_convention(files[0].parent),
-        split=checkpoint.file is None and checkpoint.model_type == "qwen3_5_mtp",
+        split=checkpoint.model_type == "qwen3_5_mtp" and qwen3_5_mtp.is_bare(checkpoint.names()),
         metadata=formats.pop() if len(formats) == 1 else None,
     )
 

@@ -55,10 +55,10 @@ def tiny_pair(variant: str) -> tuple[Target, Drafter]:
     return tiny_qwen(variant) if variant in QWEN else tiny(variant)
 
 
-def float32_copy(variant: str, folder: Path) -> Path:
-    """A fixture as a float32 checkpoint, for mlx-lm: it adds the 1 to Qwen's norms in the file's own precision."""
-    shutil.copytree(FIXTURES / variant, folder)
-    for file in folder.glob("*.safetensors"):
+def float32_copy(source: str | Path, folder: Path) -> Path:
+    """A float32 copy of a fixture, or of a folder, for mlx-lm: it adds the 1 to Qwen's norms in that precision."""
+    shutil.copytree(FIXTURES / source, folder)
+    for file in folder.rglob("*.safetensors"):
         weights = mx.load(str(file))
         assert isinstance(weights, dict)
         wide = {name: array.astype(mx.float32) for name, array in weights.items()}

@@ -13,6 +13,7 @@ import pytest
 from conftest import FIXTURES
 
 VARIANT = str(FIXTURES / "gemma4_keqv")
+QWEN = str(FIXTURES / "qwen3_5_dense")
 FIGURES = {
     "text", "tokens", "prompt_tokens", "prompt_tps", "generation_tokens", "generation_tps", "ttft_s",
     "finish_reason", "rounds", "tokens_per_round", "drafted", "accepted", "accepted_per_position",
@@ -194,3 +195,21 @@ def test_a_reader_that_goes_away_is_not_an_error_message() -> None:
     command = f"'{program}' generate --model '{VARIANT}' 'x' --max-tokens 200 --no-stats | head -c 1"
     done = subprocess.run(["/bin/sh", "-c", command], capture_output=True, timeout=120, check=False)
     assert b"Traceback" not in done.stderr and b"Error" not in done.stderr
+
+
+def test_a_drafter_that_does_not_fit_is_reported_beside_the_text() -> None:
+    """The tiny pair's weights are random, so no draft is ever right."""
+    options = ["x = 1", "--model", QWEN, "--dtype", "float32", "-m", "60", "--depth", "3", "--ignore-chat-template"]
+    done, drafter_off = generate(*options, "--no-stats"), generate(*options, "--no-stats", "--drafter", "none")
+    assert "drafting is off" in done.stderr and "another checkpoint" in " ".join(done.stderr.split())
+    assert done.stdout == generate(*options[:-3], "--depth", "0", "--ignore-chat-template", "--no-stats").stdout
+    assert drafter_off.returncode == 1 and "needs a drafter" in drafter_off.stderr
+    answer = json.loads(generate(*options, "--json").stdout)
+    assert "drafting is off" in answer["alarm"] and answer["depth"] == 0
+
+
+def test_what_was_decided_about_the_files_is_shown_on_request() -> None:
+    done = generate("x", "--model", QWEN, "--dtype", "float32", "-m", "2", "--verbose", "--no-stats")
+    shown = " ".join(done.stderr.split())
+    assert "the mtp head inside the checkpoint" in shown
+    assert "stored as 1 less (the convolutions beside it are laid out as released)" in shown

@@ -168,3 +168,25 @@ def test_special_tokens_are_added_once(tokenizer: TokenizerWrapper) -> None:
     assert encode(tokenizer, "abc")[0] == bos
     assert encode(tokenizer, f"{tokenizer.bos_token}abc").count(bos) == 1
     assert encode(tokenizer, mx.array([4, 5])) == [4, 5]
+
+
+def test_a_drafter_that_never_hits_is_reported_and_changes_nothing(
+    tokenizer: TokenizerWrapper, pair: Pair, caplog: pytest.LogCaptureFixture
+) -> None:
+    prompt = varied_tokens(20)
+    truth = plain(pair.target, prompt, 60)
+    for depth in (3, "auto"):
+        caplog.clear()
+        run = list(stream_generate(dialled(prompt, truth, 0.0), tokenizer, prompt, max_tokens=60, depth=depth))
+        assert [response.token for response in run] == truth
+        last = run[-1].stats
+        assert last.alarm is not None and last.alarm == last.depth_reason and last.depth == 0
+        assert [record.getMessage() for record in caplog.records] == [last.alarm]
+        assert all(response.origin == "plain" for response in run[-20:])
+
+
+def test_a_drafter_that_fits_is_not_reported(tokenizer: TokenizerWrapper, pair: Pair) -> None:
+    prompt = varied_tokens(20)
+    truth = plain(pair.target, prompt, 60)
+    run = list(stream_generate(dialled(prompt, truth, 0.4), tokenizer, prompt, max_tokens=60, depth=3))
+    assert run[-1].stats.alarm is None

@@ -14,6 +14,7 @@ def test_the_wheel_runs_the_demo_from_another_folder(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("mtp_mlx-*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert len(names) == len(set(names)) and "mtp_mlx/demo/assistant/model.safetensors" in names
+    assert "mtp_mlx/demo_qwen/model.safetensors" in names
     assert "mtp_mlx/models/gemma4.py" in names and "mtp_mlx/py.typed" in names
 
     site = tmp_path / "site"
@@ -22,8 +23,8 @@ def test_the_wheel_runs_the_demo_from_another_folder(tmp_path: Path) -> None:
         f"import sys; sys.path.insert(0, {str(site)!r})\n"
         "import mtp_mlx, mtp_mlx.cli.main\n"
         f"assert mtp_mlx.__file__.startswith({str(site)!r}), mtp_mlx.__file__\n"
-        "pair, tokenizer = mtp_mlx.load()\n"
-        "print(mtp_mlx.generate(pair, tokenizer, 'import ', max_tokens=8, depth=2))\n"
+        "for demo in ('demo', 'demo-qwen'):\n"
+        "    print(mtp_mlx.generate(*mtp_mlx.load(demo), 'import ', max_tokens=8, depth=2))\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", program],
