@@ -23,6 +23,12 @@ def check_numbers(
             raise ValueError(f"{entry.name} is {value!r}, expected a whole number of at least {least}")
 
 
+def check_positive(name: str, value: object) -> None:
+    """Raises ValueError unless a value is a number above 0."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise ValueError(f"{name} is {value!r}, expected a number above 0")
+
+
 def check_choices(text: Mapping[str, Any], only: Mapping[str, tuple[Any, ...]]) -> None:
     """Raises ValueError where a config asks for what cannot be computed; the first choice is the default."""
     for name, known in only.items():

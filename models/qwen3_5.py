@@ -40,7 +40,9 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "mlp_only_layers": ([], None),
     "mamba_ssm_dtype": ("float32", None),
     "mtp_use_dedicated_embeddings": (False, None),
+    "output_gate_type": ("swish", None),
 }
+_ROPE_TYPES = ("default", "linear", "yarn", "llama3")  # those whose angles depend on the position alone
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,6 @@ class TextConfig:
         """
         text: Mapping[str, Any] = config.get("text_config") or config
         base.check_choices(text, _ONLY)
-        rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
         experts = text.get("num_experts") or 0
         return cls(
             hidden_size=text["hidden_size"],
@@ -92,8 +93,7 @@ class TextConfig:
             linear_key_head_dim=text["linear_key_head_dim"],
             linear_value_head_dim=text["linear_value_head_dim"],
             linear_conv_kernel_dim=text.get("linear_conv_kernel_dim", 4),
-            # Older files have these two beside the table, newer ones in it.
-            rope={name: text[name] for name in ("rope_theta", "partial_rotary_factor") if name in text} | rope,
+            rope=_rope(text),
             max_position_embeddings=text.get("max_position_embeddings", 262_144),
             rms_norm_eps=text.get("rms_norm_eps", 1e-6),
             tie_word_embeddings=text.get("tie_word_embeddings", config.get("tie_word_embeddings", False)),
@@ -107,6 +107,8 @@ class TextConfig:
     def __post_init__(self) -> None:
         """Raises ValueError for a value that no network can be built from."""
         base.check_numbers(vars(self), fields(self), _MAY_BE_ZERO)
+        if self.linear_conv_kernel_dim < 2:
+            raise ValueError(f"linear_conv_kernel_dim is {self.linear_conv_kernel_dim}, expected at least 2")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(f"{self.num_attention_heads} heads cannot share {self.num_key_value_heads} KV heads")
         if self.linear_num_value_heads % self.linear_num_key_heads:
@@ -115,10 +117,11 @@ class TextConfig:
             )
         if self.num_experts and not 0 < self.num_experts_per_tok <= self.num_experts:
             raise ValueError(f"num_experts_per_tok is {self.num_experts_per_tok}, with {self.num_experts} experts")
-        if not self.num_experts and not self.intermediate_size:
-            raise ValueError("intermediate_size is missing, and there are no experts")
-        if not self.rms_norm_eps > 0:
-            raise ValueError(f"rms_norm_eps is {self.rms_norm_eps}")
+        needed = ["moe_intermediate_size", "shared_expert_intermediate_size"]
+        for name in needed if self.num_experts else ["intermediate_size"]:
+            if not vars(self)[name]:
+                raise ValueError(f"{name} is missing or 0, with {self.num_experts} experts")
+        base.check_positive("rms_norm_eps", self.rms_norm_eps)
         turned = self.rotary_size
         if not (0 < turned <= self.head_dim and turned % 2 == 0):
             raise ValueError(f"partial_rotary_factor turns {turned} of {self.head_dim} values of a head")
@@ -126,7 +129,7 @@ class TextConfig:
     @property
     def rotary_size(self) -> int:
         """How many values of an attention head are turned by their position."""
-        return int(self.head_dim * self.rope.get("partial_rotary_factor", 0.25))
+        return int(self.head_dim * self.rope["partial_rotary_factor"])
 
     @property
     def key_width(self) -> int:
@@ -141,11 +144,29 @@ def _layer_types(text: Mapping[str, Any]) -> tuple[str, ...]:
     count = text["num_hidden_layers"]
     given = text.get("layer_types")
     if given is None:
-        interval = text.get("full_attention_interval") or 4
+        interval = text.get("full_attention_interval", 4)
+        if not isinstance(interval, int) or interval < 1:
+            raise ValueError(f"full_attention_interval is {interval!r}, expected a whole number of at least 1")
         given = [LINEAR if (i + 1) % interval else FULL for i in range(count)]
-    if len(given) != count or not set(given) <= {LINEAR, FULL} or FULL not in given:
-        raise ValueError(f"layer_types must be {count} times {LINEAR} or {FULL}, {FULL} at least once")
+    kinds = (LINEAR, FULL)
+    known = isinstance(given, list) and len(given) == count and all(kind in kinds for kind in given)
+    if not known or not all(kind in given for kind in kinds):
+        raise ValueError(f"layer_types must be {count} times {LINEAR} or {FULL}, each at least once")
     return tuple(given)
+
+
+def _rope(text: Mapping[str, Any]) -> dict[str, Any]:
+    """The table of the rotary embedding. Older files have two of its entries beside it, newer ones in it."""
+    table = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    if not isinstance(table, dict):
+        raise ValueError(f"rope_parameters is {table!r}, expected an object")
+    rope = {name: text[name] for name in ("rope_theta", "partial_rotary_factor") if name in text} | table
+    base.check_positive("rope_theta", rope["rope_theta"])
+    base.check_positive("partial_rotary_factor", rope.setdefault("partial_rotary_factor", 0.25))
+    kind = rope.get("type") or rope.get("rope_type", "default")
+    if kind not in _ROPE_TYPES:
+        raise ValueError(f"rope_type is {kind!r}, only {', '.join(_ROPE_TYPES)} can be computed")
+    return rope
 
 
 class Attention(nn.Module):

@@ -109,7 +109,7 @@ class Checkpoint:
         `dtype` recasts the floating-point ones, but those whose names end in one of `exact`. Raises CheckpointError
         for missing, unknown or misshapen tensors, and for a dtype that this machine cannot compute with.
         """
-        tensors = self.tensors()
+        quantization, tensors = self.quantization(), self.tensors()
         if dtype is not None:
             # Before anything is computed from them, so that it is computed in that precision.
             floats = (name for name, array in tensors.items() if mx.issubdtype(array.dtype, mx.floating))
@@ -118,7 +118,7 @@ class Checkpoint:
             weights = sanitize(tensors)
         except ValueError as error:
             raise CheckpointError(f"{self.name} holds a tensor of an unexpected shape: {error}") from error
-        quantise_like(model, weights, self.quantization(), self.name)
+        quantise_like(model, weights, quantization, self.name)
         self._check_names(model, weights)
         model.load_weights(list(weights.items()))
         model.eval()
