@@ -121,6 +121,7 @@ class Convention(NamedTuple):
 
     raw: bool
     reason: str
+    overruled: bool = False  # the values say otherwise than the format
 
 
 # Where other programs note how they store a head's norms: file, key, and for each value whether it means raw.
@@ -156,12 +157,27 @@ _PREFIX = re.compile(r"^(model\.|language_model\.)*mtp\.")
 def convention(
     weights: Mapping[str, mx.array], declared: Convention | None, split: bool, metadata: str | None
 ) -> Convention:
-    """Decide how a file stores its norms: from its format, and from the values only where the format does not tell.
+    """Decide how a file stores its norms: by its format, unless the values rule that out.
 
     `weights` are all tensors of the checkpoint or file, `declared` is what its writer says, `split` means a folder of
     type qwen3_5_mtp with the names its converter gives, `metadata` is the "format" of the safetensors header. A head
     read in the wrong convention drafts nonsense without any error.
     """
+    found = _by_format(weights, declared, split, metadata)
+    tensors = own_tensors(weights)
+    means = [_mean(tensors[name]) for name in _LAYER_NORMS if name in tensors]
+    mean = sum(means) / max(len(means), 1)
+    if found is None:
+        return Convention(mean < _BETWEEN, f"the format does not tell, the layer norms' mean of {mean:.2f} does")
+    if means and (mean > _APPLIED if found.raw else mean < _RAW):
+        reason = f"the layer norms' mean of {mean:.2f} rules out what the format says: {found.reason}"
+        return Convention(not found.raw, reason, overruled=True)
+    return found
+
+
+def _by_format(
+    weights: Mapping[str, mx.array], declared: Convention | None, split: bool, metadata: str | None
+) -> Convention | None:
     if declared:
         return declared
     if is_raw(weights):
@@ -170,14 +186,14 @@ def convention(
         return Convention(False, "a folder of type qwen3_5_mtp holds them as applied")
     if metadata == "pt":
         return Convention(True, "the file was written by torch")
-    tensors = own_tensors(weights)
-    mean = sum(_mean(tensors[name]) for name in _LAYER_NORMS if name in tensors) / len(_LAYER_NORMS)
-    return Convention(mean < _BETWEEN, f"the format does not tell, the layer norms' mean of {mean:.2f} does")
+    return None
 
 
 # Means in published heads: -0.1 to 0.4 as differences, 0.87 to 1.25 as applied. Those of the other norms overlap.
 _LAYER_NORMS = ("layers.0.input_layernorm.weight", "layers.0.post_attention_layernorm.weight")
-_BETWEEN = 0.65
+_RAW, _BETWEEN, _APPLIED = 0.45, 0.65, 0.8
+# What mlx-lm's rule for the target's norms leaves out where somebody lets it loose on a head.
+_LEFT_OUT = ("norm.weight", "pre_fc_norm_embedding.weight", "pre_fc_norm_hidden.weight")
 _DENSE = re.compile(r"\.mlp\.(?=(gate|up|down)_proj\.)")
 _NORM = re.compile(r"(^|\.)(\w+_norm_\w+|\w*norm)\.weight$")
 
@@ -194,7 +210,9 @@ def exceptions(tensors: Mapping[str, mx.array], raw: bool) -> list[str]:
     norms = {name: _mean(array) for name, array in tensors.items() if _NORM.search(name)}
     if raw:
         return sorted(name for name in _LAYER_NORMS if norms.get(name, 0.0) > _BETWEEN)
-    return sorted(name for name, mean in norms.items() if mean < 0)
+    negative = {name for name, mean in norms.items() if mean < 0}
+    left_out = {name for name in _LEFT_OUT if name in norms} if negative & set(_LEFT_OUT) else set()
+    return sorted(negative | left_out)
 
 
 def sanitize(weights: Mapping[str, mx.array], raw: bool) -> dict[str, mx.array]:

@@ -71,6 +71,8 @@ class Checkpoint:
             if not all(isinstance(name, str) and name.endswith(".safetensors") for name in shards):
                 raise CheckpointError(f"{index} names weight files that are not safetensors; only those are read")
             names = sorted(set(shards))
+        elif (self.folder / "model.safetensors").is_file():
+            names = ["model.safetensors"]  # what else lies there, a head perhaps, is a file of its own
         else:
             names = sorted(path.name for path in self.folder.glob("model*.safetensors"))
         if not names:

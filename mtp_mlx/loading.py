@@ -90,7 +90,8 @@ def _qwen_head(checkpoint: Checkpoint, dtype: mx.Dtype | None, target: Target) -
     config = _built(qwen3_5.TextConfig.from_dict, checkpoint)
     network = _built(lambda _: qwen3_5_mtp.Network(config), checkpoint)
     stored = _head_convention(checkpoint)
-    _log.info("%s: norms %s (%s)", checkpoint.name, "stored as 1 less" if stored.raw else "as applied", stored.reason)
+    level, how = (logging.WARNING if stored.overruled else logging.INFO), "as 1 less" if stored.raw else "as applied"
+    _log.log(level, "%s: norms stored %s (%s)", checkpoint.name, how, stored.reason)
     for name in qwen3_5_mtp.exceptions(tensors, stored.raw):
         _log.warning("%s: %s is stored the other way, as its values show", checkpoint.name, name)
     checkpoint.fill(network, partial(qwen3_5_mtp.sanitize, raw=stored.raw), dtype)

@@ -36,7 +36,7 @@ from mtp_mlx.sampling import Greedy, Sample
 from mtp_mlx.types import Output, Pair, Span
 
 # The other tiny Qwens differ from these two in their files only.
-ROUNDS = [*VARIANTS, "qwen3_5_dense", "qwen3_5_moe"]
+ROUNDS = [*VARIANTS, "qwen3_5_tied", "qwen3_5_moe"]
 # Below, across and above the sliding window, and one token to each side of where a prompt's second chunk begins.
 PROMPTS = [1, 5, WINDOW, WINDOW + 1, WINDOW + 2, 3 * WINDOW]
 STEP = WINDOW  # prompt tokens read at a time; the truth is read at once
