@@ -29,7 +29,7 @@ _stderr = Console(stderr=True, highlight=False)
 
 def note(message: str) -> None:
     """One line for the user, beside the text."""
-    _stderr.print(message, style="dim", markup=False)
+    _stderr.print(message, style="dim", markup=False, soft_wrap=True)
 
 
 class Notes(logging.Handler):
