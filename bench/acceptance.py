@@ -16,6 +16,7 @@ import report
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 import mtp_mlx
+from mtp_mlx.cli.generate import DTYPES
 from mtp_mlx.sampling import choose_sampler
 
 PROMPTS = Path(__file__).parent / "demo" / "heldout.json"
@@ -23,7 +24,7 @@ PROMPTS = Path(__file__).parent / "demo" / "heldout.json"
 
 def main() -> None:
     options = parser().parse_args()
-    pair, tokenizer = mtp_mlx.load(options.model, options.drafter)
+    pair, tokenizer = mtp_mlx.load(options.model, options.drafter, dtype=DTYPES[options.dtype])
     prompts = json.loads(options.prompts.read_text())[: options.limit]
     figures = {}
     for depth in options.depth:
@@ -48,7 +49,8 @@ def run(
 
 
 def settings(options: argparse.Namespace, prompts: list[dict[str, str]]) -> dict[str, object]:
-    return {"model": options.model, "prompts": len(prompts), "tokens": options.tokens, "temp": options.temp}
+    given = {name: vars(options)[name] for name in ("model", "dtype", "tokens", "temp")}
+    return {**given, "prompts": len(prompts)}
 
 
 def summary(runs: list[mtp_mlx.Stats]) -> dict[str, object]:
@@ -81,6 +83,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--depth", type=int, nargs="+", default=[4])
     parser.add_argument("--tokens", type=int, default=200)
     parser.add_argument("--temp", type=float, default=0.0)
+    parser.add_argument("--dtype", choices=DTYPES, default="auto")
     parser.add_argument("--out", type=Path)
     return parser
 

@@ -42,6 +42,14 @@ class Notes(logging.Handler):
         log.setLevel(self.level)
         log.handlers, log.propagate = [self], False
 
+    def __enter__(self) -> "Notes":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.show()
+
     def emit(self, record: logging.LogRecord) -> None:
         self._held.append(record.getMessage())
 

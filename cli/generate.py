@@ -77,13 +77,12 @@ def command(
     parsed_depth = parse_depth(depth)
     sampler = choose_sampler(temp, top_p, min_p, top_k, seed)
     text = _read_prompt(prompt, model)
-    notes = Notes(verbose)
-    with loading(model):
-        loaded = load_pair(model, drafter, parse_dtype(dtype))
-    if verbose or (loaded.drafter is None and drafter == "auto"):
-        note(f"drafter: {loaded.drafter or 'none'} ({loaded.drafter_reason})")
-    notes.show()
-    with Progress() as progress:
+    with Notes(verbose) as notes, Progress() as progress:
+        with loading(model):
+            loaded = load_pair(model, drafter, parse_dtype(dtype))
+        if verbose or (loaded.drafter is None and drafter == "auto"):
+            note(f"drafter: {loaded.drafter or 'none'} ({loaded.drafter_reason})")
+        notes.show()
         responses = stream_generate(
             loaded.pair,
             loaded.tokenizer,
@@ -98,7 +97,6 @@ def command(
             _print_json(responses, loaded)
         else:
             _print_text(responses, show_drafts, stats)
-    notes.show()
 
 
 def parse_depth(depth: str) -> int | str:

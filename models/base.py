@@ -1,5 +1,6 @@
 """What the architectures share: checks of a config's numbers, names of tensors, experts split or stacked."""
 
+import math
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import Field
@@ -25,7 +26,7 @@ def check_numbers(
 
 def check_positive(name: str, value: object) -> None:
     """Raises ValueError unless a value is a number above 0."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise ValueError(f"{name} is {value!r}, expected a number above 0")
 
 

@@ -39,7 +39,6 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "decoder_sparse_step": (1,),
     "mlp_only_layers": ([], None),
     "mamba_ssm_dtype": ("float32", None),
-    "mtp_use_dedicated_embeddings": (False, None),
     "output_gate_type": ("swish", None),
 }
 _ROPE_TYPES = ("default", "linear", "yarn", "llama3")  # those whose angles depend on the position alone
@@ -78,6 +77,8 @@ class TextConfig:
         Raises KeyError with the name of a key that has no default, ValueError for what cannot be computed.
         """
         text: Mapping[str, Any] = config.get("text_config") or config
+        if not isinstance(text, Mapping):
+            raise ValueError(f"text_config is {text!r}, expected an object")
         base.check_choices(text, _ONLY)
         experts = text.get("num_experts") or 0
         return cls(

@@ -8,7 +8,7 @@ The slot of a pair is the position of its hidden.
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -123,6 +123,12 @@ class Convention(NamedTuple):
     reason: str
     overruled: bool = False  # the values say otherwise than the format
 
+
+# What a config may say of a head that can be run.
+ONLY: dict[str, tuple[Any, ...]] = {
+    "mtp_num_hidden_layers": (1, 0, None),
+    "mtp_use_dedicated_embeddings": (False, None),
+}
 
 # Where other programs note how they store a head's norms: file, key, and for each value whether it means raw.
 DECLARATIONS: tuple[tuple[str, str, Mapping[str, bool]], ...] = (

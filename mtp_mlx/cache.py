@@ -306,8 +306,10 @@ class RecurrentCache:
             self._state = after
         else:
             lost = (mx.arange(length) >= kept)[..., None]  # (B, L, 1)
-            # A row without decay and without a correction leaves the state as it is, to the bit.
+            # A row without decay and without a correction leaves the state as it is, to the bit. Its key and value
+            # are blanked too: one that is not finite would not vanish in a product with 0.
             decay, beta = mx.where(lost, 1.0, decay), mx.where(lost, 0.0, beta)
+            keys, values = mx.where(lost[..., None], 0.0, keys), mx.where(lost[..., None], 0.0, values)
             _, self._state = _gated_delta(keys, keys, values, decay, beta, self._state)
         # A copy: a slice would keep the rows of a whole prompt chunk alive.
         self._tail = mx.take_along_axis(rows, (kept + mx.arange(self._reach))[..., None], axis=1)
@@ -324,7 +326,7 @@ def _gated_delta(
     """What is read, and the state afterwards; float32 throughout.
 
     Given bfloat16 rows, MLX rounds the decay to bfloat16 as well: 0.999 becomes 1, and a memory that should fade
-    stays (docs/performance.md has the figures).
+    stays. bench/recurrence.py measures it.
     """
     update: Any = mx.fast.gated_delta_update  # MLX's stub leaves its arrays out
     rows = [array.astype(mx.float32) for array in (queries, keys, values, decay, beta)]

@@ -232,7 +232,7 @@ def read_header(path: Path) -> Header:
 
 def _check_file(path: Path) -> None:
     if not path.is_file():
-        raise CheckpointError(f"{path} is missing though the checkpoint's index names it; download it again")
+        raise CheckpointError(f"{path} is not there or no file, though the checkpoint needs it; download it again")
     try:
         with path.open("rb"), safe_open(path, framework="numpy"):
             pass

@@ -18,7 +18,7 @@ GAIN = 1.03  # a change must promise at least this
 FORGET_AFTER = 128  # rounds
 PROBE_AFTER, PROBE_AT_MOST = 32, 512  # rounds between probes of the depths not in use, doubling
 CHECK_ROUNDS = 32  # rounds with drafts after which a drafter is judged: 32 drafts at depth 1, 128 at depth 4
-CHECK_HITS = 2  # of them must have kept their first draft; a pair that fits keeps 10 on the hardest text
+CHECK_HITS = 2  # of them must have begun with the target's most probable token; a pair that fits has 10 on hard texts
 
 
 class Depth(Protocol):
@@ -31,7 +31,9 @@ class Depth(Protocol):
 
     def choose(self) -> int: ...
 
-    def observe(self, drafted: int, accepted: int, seconds: float) -> None: ...
+    def observe(self, drafted: int, accepted: int, likely: bool, seconds: float) -> None:
+        """Learn of a round; `likely` says whether its first draft was the target's most probable token."""
+        ...
 
     @property
     def alarm(self) -> str | None:
@@ -54,7 +56,7 @@ class Fixed:
     def choose(self) -> int:
         return self.k
 
-    def observe(self, drafted: int, accepted: int, seconds: float) -> None:
+    def observe(self, drafted: int, accepted: int, likely: bool, seconds: float) -> None:
         """Nothing to learn."""
 
     def reason(self) -> str:
@@ -106,7 +108,7 @@ class Measured:
     def choose(self) -> int:
         return self.plan[-1] if self.plan else self.k
 
-    def observe(self, drafted: int, accepted: int, seconds: float) -> None:
+    def observe(self, drafted: int, accepted: int, likely: bool, seconds: float) -> None:
         self.number += 1
         self.costs.setdefault(drafted, Cost()).add(seconds, self.number)
         self._count(drafted, accepted)
@@ -185,13 +187,14 @@ class Measured:
 class Checked:
     """A policy, and a judgement of the drafter by its first rounds: one that almost never hits does not fit.
 
+    A hit is a first draft that is the target's most probable token, so a high temperature does not look like a fault.
     Nothing else tells of a head read in the wrong convention or made for another checkpoint: the text stays right.
     A policy that stops drafting early is overruled, one draft at a time and unbeknown to it, until it is made.
     """
 
     policy: Depth
     rounds: int = 0  # with drafts
-    hits: int = 0  # of those, how many kept their first draft
+    hits: int = 0  # of those, how many began with the target's most probable token
     overruled: bool = False  # whether the next round drafts against the policy's choice
 
     @property
@@ -203,9 +206,9 @@ class Checked:
         if self.rounds < CHECK_ROUNDS or self.hits >= CHECK_HITS:
             return None
         return (
-            f"only {self.hits} of the first {self.rounds} rounds kept a draft, so drafting is off: the drafter does "
-            "not fit this target; it may have been made for another checkpoint, its norms may be stored in another "
-            "convention than its file's format shows, or its positions may be off"
+            f"only {self.hits} of the first {self.rounds} drafts named the target's most probable token, so drafting "
+            "is off: the drafter does not fit this target; it may have been made for another checkpoint, its norms may "
+            "be stored in another convention than its file's format shows, or its positions may be off"
         )
 
     def choose(self) -> int:
@@ -215,11 +218,11 @@ class Checked:
         self.overruled = k == 0 and 0 < self.rounds < CHECK_ROUNDS and self.hits < CHECK_HITS
         return 1 if self.overruled else k
 
-    def observe(self, drafted: int, accepted: int, seconds: float) -> None:
+    def observe(self, drafted: int, accepted: int, likely: bool, seconds: float) -> None:
         if drafted and self.rounds < CHECK_ROUNDS:
-            self.rounds, self.hits = self.rounds + 1, self.hits + (accepted > 0)
+            self.rounds, self.hits = self.rounds + 1, self.hits + likely
         if not self.overruled:
-            self.policy.observe(drafted, accepted, seconds)
+            self.policy.observe(drafted, accepted, likely, seconds)
 
     def reason(self) -> str:
         return self.alarm or self.policy.reason()

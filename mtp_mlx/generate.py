@@ -14,6 +14,7 @@ from mlx_lm.utils import maybe_set_recommended_wired_limit
 
 from mtp_mlx.depth import choose_depth
 from mtp_mlx.errors import RequestError
+from mtp_mlx.ngram import NoDrafter
 from mtp_mlx.rounds import Round, Sequence, rounds
 from mtp_mlx.sampling import Greedy, Sampler
 from mtp_mlx.stats import Memory, Stats
@@ -66,10 +67,12 @@ def stream_generate(
     if prefill_step_size < 1:
         raise RequestError(f"prefill step size {prefill_step_size} must be at least 1")
     policy = choose_depth(depth, pair.drafter.limit)
+    # At depth 0 nobody has to keep a drafter up to date.
+    running = pair if depth != 0 else Pair(pair.target, NoDrafter())
     progress = prompt_progress_callback or _ignore
     with _wired():
         mx.reset_peak_memory()
-        sequence = Sequence(pair, sampler or Greedy())
+        sequence = Sequence(running, sampler or Greedy())
         sequence.prefill(ids, prefill_step_size, progress)
         memory = Memory(target=pair.target.nbytes, drafter=pair.drafter.nbytes)
         stats = Stats(len(ids), memory=memory)

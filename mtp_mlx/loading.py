@@ -18,7 +18,7 @@ from mlx_lm.utils import load_tokenizer
 
 from mtp_mlx.checkpoint import Checkpoint, read_header, read_json
 from mtp_mlx.errors import CheckpointError, PairError, RequestError
-from mtp_mlx.models import gemma4, gemma4_assistant, qwen3_5, qwen3_5_mtp
+from mtp_mlx.models import base, gemma4, gemma4_assistant, qwen3_5, qwen3_5_mtp
 from mtp_mlx.ngram import NoDrafter
 from mtp_mlx.types import Drafter, Pair, Target
 
@@ -30,6 +30,7 @@ Built = TypeVar("Built")
 
 _log = logging.getLogger(__name__)
 
+_TENSORS = ".safetensors"
 _FILES = ["*.json", "*.safetensors", "*.jinja", "*.model"]
 
 
@@ -51,8 +52,7 @@ def _gemma4_target(checkpoint: Checkpoint, dtype: mx.Dtype | None) -> gemma4.Mod
 
 
 def _gemma4_drafter(checkpoint: Checkpoint, dtype: mx.Dtype | None, target: Target) -> Drafter:
-    if not isinstance(target, gemma4.Model):
-        raise PairError(f"{checkpoint.name} is a Gemma 4 assistant and the target is of another family")
+    assert isinstance(target, gemma4.Model), "families are compared before anything is loaded"
     config = _built(gemma4_assistant.Config.from_dict, checkpoint)
     found = gemma4_assistant.mismatches(config, target.config)
     if found:
@@ -74,8 +74,7 @@ def _qwen_target(checkpoint: Checkpoint, dtype: mx.Dtype | None) -> qwen3_5.Mode
 
 
 def _qwen_head(checkpoint: Checkpoint, dtype: mx.Dtype | None, target: Target) -> Drafter:
-    if not isinstance(target, qwen3_5.Model):
-        raise PairError(f"{checkpoint.name} is a Qwen mtp head and the target is of another family")
+    assert isinstance(target, qwen3_5.Model), "families are compared before anything is loaded"
     if checkpoint.file is None:
         checkpoint = replace(checkpoint, file=_sidecar(checkpoint))
     if not qwen3_5_mtp.is_head(checkpoint.names()):
@@ -87,15 +86,21 @@ def _qwen_head(checkpoint: Checkpoint, dtype: mx.Dtype | None, target: Target) -
             f"the head in {checkpoint.name} was made for another target: it expects hidden size {norm.size}, the "
             f"target has {target.config.hidden_size}; use the head of this target's original, or --drafter none"
         )
-    config = _built(qwen3_5.TextConfig.from_dict, checkpoint)
-    network = _built(lambda _: qwen3_5_mtp.Network(config), checkpoint)
+    network = _built(_head_network, checkpoint)
     stored = _head_convention(checkpoint)
     level, how = (logging.WARNING if stored.overruled else logging.INFO), "as 1 less" if stored.raw else "as applied"
     _log.log(level, "%s: norms stored %s (%s)", checkpoint.name, how, stored.reason)
     for name in qwen3_5_mtp.exceptions(tensors, stored.raw):
         _log.warning("%s: %s is stored the other way, as its values show", checkpoint.name, name)
-    checkpoint.fill(network, partial(qwen3_5_mtp.sanitize, raw=stored.raw), dtype)
+    # In the target's precision, whose embeddings and output head it works with.
+    precision = dtype or target.model.norm.weight.dtype
+    checkpoint.fill(network, partial(qwen3_5_mtp.sanitize, raw=stored.raw), precision)
     return qwen3_5_mtp.Head(network, target)
+
+
+def _head_network(config: Mapping[str, Any]) -> qwen3_5_mtp.Network:
+    base.check_choices(config.get("text_config") or config, qwen3_5_mtp.ONLY)
+    return qwen3_5_mtp.Network(qwen3_5.TextConfig.from_dict(config))
 
 
 def _head_convention(checkpoint: Checkpoint) -> qwen3_5_mtp.Convention:
@@ -112,10 +117,13 @@ def _head_convention(checkpoint: Checkpoint) -> qwen3_5_mtp.Convention:
 def _declared_convention(folder: Path) -> qwen3_5_mtp.Convention | None:
     """What other programs write beside a head about its norms."""
     for name, key, meanings in qwen3_5_mtp.DECLARATIONS:
-        if (folder / name).is_file():
-            said = read_json(folder / name).get(key)
-            if isinstance(said, str) and said in meanings:
-                return qwen3_5_mtp.Convention(meanings[said], f"{key} in {name} is {said!r}")
+        try:
+            said = read_json(folder / name).get(key) if (folder / name).is_file() else None
+        except CheckpointError as error:
+            _log.warning("%s", error)  # another program's note, of another program's kind perhaps
+            continue
+        if isinstance(said, str) and said in meanings:
+            return qwen3_5_mtp.Convention(meanings[said], f"{key} in {name} is {said!r}")
     return None
 
 
@@ -124,8 +132,16 @@ def _sidecar(checkpoint: Checkpoint) -> Path | None:
     if qwen3_5_mtp.is_head(checkpoint.names()):
         return None
     own = set(checkpoint.shards())
-    found = sorted(file for place in _SIDECARS for file in checkpoint.folder.glob(place))
-    return next((file for file in found if file not in own and qwen3_5_mtp.is_head(read_header(file).names)), None)
+    found = sorted(file for place in _SIDECARS for file in checkpoint.folder.glob(place) if file.is_file())
+    return next((file for file in found if file not in own and _holds_head(file)), None)
+
+
+def _holds_head(file: Path) -> bool:
+    try:
+        return qwen3_5_mtp.is_head(read_header(file).names)
+    except CheckpointError as error:
+        _log.warning("%s", error)  # nobody has asked for this file
+        return False
 
 
 _SIDECARS = ("*.safetensors", "mtp/*.safetensors", "optiq/*.safetensors")
@@ -195,8 +211,8 @@ def choose_drafter(model: str, checkpoint: Checkpoint, drafter: str | None) -> t
     if drafter != "auto":
         return drafter, "named by the caller"
     inside = checkpoint.folder / ASSISTANT_FOLDER
-    if inside.is_dir():
-        return str(inside), "lies in the target's folder"
+    if (inside / "config.json").is_file():
+        return str(inside.absolute()), "lies in the target's folder"
     if checkpoint.model_type in _HEADS:
         return _own_head(checkpoint)
     if not Path(model).exists() and model.startswith("google/gemma-4-") and model.endswith("-it"):
@@ -206,10 +222,10 @@ def choose_drafter(model: str, checkpoint: Checkpoint, drafter: str | None) -> t
 
 def _own_head(checkpoint: Checkpoint) -> tuple[str | None, str]:
     if qwen3_5_mtp.is_head(checkpoint.names()):
-        return str(checkpoint.folder), "the mtp head inside the checkpoint"
+        return str(checkpoint.folder.absolute()), "the mtp head inside the checkpoint"
     beside = _sidecar(checkpoint)
     if beside is not None:
-        return str(beside), "an mtp head that lies beside the checkpoint's own files"
+        return str(beside.absolute()), "an mtp head that lies beside the checkpoint's own files"
     promised = _built(qwen3_5.TextConfig.from_dict, checkpoint).mtp_num_hidden_layers > 0
     config = "its config.json promises an mtp head, but no file" if promised else "no file"
     return None, f"{config} in {checkpoint.folder} holds one: plain decoding; {_HOW_TO_GET_A_HEAD}"
@@ -221,8 +237,11 @@ def find(name: str) -> Path:
         return DEMOS[name]
     if not name:
         raise CheckpointError(f"the name of a model is empty; give a folder, a hub id, {' or '.join(DEMOS)}")
-    if not _is_hub_id(name) or Path(name).exists():
-        return Path(name).expanduser()
+    try:
+        if not _is_hub_id(name) or Path(name).exists():
+            return Path(name).expanduser()
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"{name[:200]} cannot be a folder: {_first_line(error)}") from error
     try:
         return Path(snapshot_download(name, allow_patterns=_FILES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
@@ -234,18 +253,20 @@ def find(name: str) -> Path:
 
 def _is_hub_id(name: str) -> bool:
     parts = name.split("/")
-    return len(parts) == 2 and all(parts) and not name.startswith((".", "/", "~"))
+    return len(parts) == 2 and all(parts) and not name.startswith((".", "/", "~")) and not name.endswith(_TENSORS)
 
 
 def _drafter_builder(path: Path, target: Checkpoint) -> Callable[[mx.Dtype | None, Target], Drafter]:
-    if path.is_file():
+    if path.name.endswith(_TENSORS):
         if target.model_type not in _HEADS:
             raise PairError(f"{path} is a file; the drafters of {target.model_type!r} targets are folders")
+        if not path.is_file():
+            raise CheckpointError(f"there is no file {path}; give the file that holds the tensors mtp.*, or its folder")
         # Tensors alone: the config is the target's.
         return partial(_qwen_head, replace(target, folder=path.parent, file=path))
     if path.is_dir() and not (path / "config.json").is_file() and target.model_type in _HEADS:
-        for file in sorted(path.glob("*.safetensors")):
-            if qwen3_5_mtp.is_head(read_header(file).names):
+        for file in sorted(path.glob("*" + _TENSORS)):
+            if _holds_head(file):
                 return _drafter_builder(file, target)
     checkpoint = Checkpoint.open(path)
     _refuse_unknown(checkpoint)
@@ -254,6 +275,11 @@ def _drafter_builder(path: Path, target: Checkpoint) -> Callable[[mx.Dtype | Non
         raise PairError(
             f"{path} has model_type {checkpoint.model_type!r}, which is not a drafter; known drafters: "
             f"{', '.join(sorted(_DRAFTERS))}"
+        )
+    if (build is _qwen_head) != (target.model_type in _HEADS):
+        raise PairError(
+            f"{path} has model_type {checkpoint.model_type!r}, which does not draft for {target.model_type!r} targets; "
+            "use the drafter released for this target, or --drafter none"
         )
     return partial(build, checkpoint)
 

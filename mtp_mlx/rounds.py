@@ -37,6 +37,7 @@ class Round(NamedTuple):
     tokens: list[int]  # the accepted drafts, then one token of the target's own
     drafted: int
     accepted: int
+    likely: bool  # whether the first draft was the target's most probable token, whatever was drawn
     logprobs: mx.array  # (drafted + 1, V)
     times: Times
 
@@ -90,6 +91,7 @@ class Sequence:
             self.ready = self.pair.drafter.reads_prompt
             self._block = _Block(chunk, span, output, span.length)
             self.length += span.length
+            self.last = tokens[:, start + span.length]  # so that reading can be broken off and gone on with
             self._commit()
             mx.eval(self.cache.arrays(), self.state)
             mx.clear_cache()
@@ -114,13 +116,15 @@ class Sequence:
         logprobs = normalise(output.logits)  # (B, k+1, V)
         kept = accept(draft, logprobs, span.positions() + 1, self.sampler)
 
-        # Rows after the first wrong draft continue a text that nobody wrote; they may be as they like.
+        # Rows after the first wrong draft continue a text that nobody wrote; their logits may be as they like.
         finite = mx.isfinite(mx.take_along_axis(logprobs, kept.tokens[..., None], axis=-1))[..., 0]
         healthy = (finite | (mx.arange(k + 1) > kept.count[:, None])).all()
-        report = mx.concatenate([kept.count, healthy[None].astype(mx.int32), kept.tokens[0]])
+        likely = (mx.argmax(logprobs[:, :1], axis=-1) == draft.tokens[:, :1]).any()
+        flags = mx.stack([healthy, likely]).astype(mx.int32)
+        report = mx.concatenate([kept.count, flags, kept.tokens[0]])
         verifying = _seconds_to_evaluate(report, logprobs, output.hidden, cache.arrays(), self.state)
 
-        count, sound, *tokens = cast(list[int], report.tolist())  # the one read
+        count, sound, hit, *tokens = cast(list[int], report.tolist())  # the one read
         if not sound:
             raise MTPError(
                 f"the model's logits after {self.length} tokens are not finite; the checkpoint or its "
@@ -132,7 +136,7 @@ class Sequence:
         total = time.perf_counter() - began
         phases = (committing, drafting, verifying)
         times = Times(total, total - sum(phases), *(phases if split else (None,) * 3))
-        return Round(tokens[: count + 1], k, count, logprobs[0], times)
+        return Round(tokens[: count + 1], k, count, bool(hit), logprobs[0], times)
 
     def keep(self, n: int) -> None:
         """Let the newest round have ended with its n-th token; those after it have never been written."""
@@ -148,10 +152,11 @@ class Sequence:
         if self._block is None:
             return
         tokens, span, output, kept = self._block
-        self.cache.commit(kept)
+        # The drafter first: should it fail, the block is still there and nothing has been counted.
         if self.ready:
             self.state = self.pair.drafter.advance(self.state, tokens, span, output, mx.array([kept - 1]))
         self._block = None
+        self.cache.commit(kept)
 
 
 def _seconds_to_evaluate(*arrays: Any) -> float:
@@ -168,7 +173,7 @@ def rounds(sequence: Sequence, depth: Depth, budget: int) -> Iterator[Round]:
         most = min(budget - 1, sequence.pair.drafter.limit) if sequence.ready else 0
         timed = number >= WARM_UP and (number - WARM_UP) % SPLIT_EVERY == 0
         result = sequence.round(min(depth.choose(), most), timed)
-        depth.observe(result.drafted, result.accepted, result.times.total)
+        depth.observe(result.drafted, result.accepted, result.likely, result.times.total)
         budget -= len(result.tokens)
         number += 1
         yield result

@@ -244,3 +244,15 @@ def test_the_layer_of_a_drafter_lives_in_the_targets_cache() -> None:
     assert cache.nbytes > own.stored().keys.nbytes
     cache.reserve(5000)
     assert own.stored().keys.shape[2] == cache.capacity
+
+
+def test_a_lost_row_that_is_not_finite_does_not_reach_the_state() -> None:
+    for poisoned in range(2, 6):  # keys, values, decay, beta
+        cache, block = RecurrentCache(KERNEL), _block_of(4, 1)
+        broken = [mx.where((mx.arange(4) == 3).reshape(1, 4, *[1] * (a.ndim - 2)), mx.nan, a) for a in block[2:]]
+        _put(cache, [*block[:poisoned], broken[poisoned - 2], *block[poisoned + 1 :]])
+        cache.commit(mx.array([2]))
+        clean = RecurrentCache(KERNEL)
+        _put(clean, _first(block, 2))
+        clean.commit(2)
+        assert mx.array_equal(cache.arrays()[1], clean.arrays()[1])

@@ -24,7 +24,7 @@ class Machine:
             while accepted < k and self.random.random() < self.p:
                 accepted += 1
             spent = 0.01 * (1 + self.row * k) * self.random.uniform(0.97, 1.03)
-            policy.observe(k, accepted, spent)
+            policy.observe(k, accepted, accepted > 0, spent)
             self.seconds += spent
             self.tokens += accepted + 1
             self.depths.append(k)
@@ -65,7 +65,7 @@ def test_one_slow_round_does_not_change_the_depth() -> None:
     policy = Measured()
     Machine(0.1, 0.8).play(policy, 100)
     before = policy.k
-    policy.observe(before, before, 10.0)
+    policy.observe(before, before, True, 10.0)
     assert policy.k == before > 0
 
 
@@ -74,7 +74,7 @@ def test_a_hiccup_does_not_rule_a_depth_out_for_good() -> None:
     policy = Measured()
     Machine(0.05, 0.9).play(policy, 2 * SAMPLES)
     for _ in range(2):
-        policy.observe(6, 6, 5 * 0.01 * 1.3)
+        policy.observe(6, 6, True, 5 * 0.01 * 1.3)
     assert policy.k < 6
     machine = Machine(0.05, 0.9)
     machine.play(policy, 600)
@@ -149,3 +149,11 @@ def test_a_depth_of_zero_is_never_overruled() -> None:
     machine = Machine(0.1, 0.0)
     machine.play(choose_depth(0, 31), 50)
     assert machine.depths == [0] * 50
+
+
+def test_a_high_temperature_is_not_taken_for_a_drafter_that_does_not_fit() -> None:
+    """Drafts name the most probable token and the sampler draws another: what is accepted says little then."""
+    checked = choose_depth(4, 31)
+    for _ in range(100):
+        checked.observe(checked.choose(), 0, True, 0.01)
+    assert checked.alarm is None and checked.k == 4

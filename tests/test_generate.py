@@ -5,13 +5,14 @@ from collections.abc import Iterator
 import mlx.core as mx
 import mlx_lm
 import pytest
-from conftest import FIXTURES, AlteredTarget, DialledDrafter, plain, tiny, varied_tokens
+from conftest import FIXTURES, AlteredTarget, DialledDrafter, plain, tiny, tiny_qwen, varied_tokens
 from mlx_lm.generate import GenerationResponse
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 import mtp_mlx
 from mtp_mlx.errors import RequestError
 from mtp_mlx.generate import Response, encode, generate, stream_generate
+from mtp_mlx.models.qwen3_5_mtp import Head
 from mtp_mlx.ngram import NoDrafter
 from mtp_mlx.sampling import Sample
 from mtp_mlx.types import Pair
@@ -190,3 +191,13 @@ def test_a_drafter_that_fits_is_not_reported(tokenizer: TokenizerWrapper, pair: 
     truth = plain(pair.target, prompt, 60)
     run = list(stream_generate(dialled(prompt, truth, 0.4), tokenizer, prompt, max_tokens=60, depth=3))
     assert run[-1].stats.alarm is None
+
+
+def test_at_depth_0_no_drafter_is_kept_up_to_date(tokenizer: TokenizerWrapper, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain decoding is what everything is measured against: it must not pay for a head that is not used."""
+    pair = Pair(*tiny_qwen("qwen3_5_tied"))
+    monkeypatch.setattr(Head, "advance", None)
+    last = list(stream_generate(pair, tokenizer, varied_tokens(20), max_tokens=5, depth=0))[-1].stats
+    assert last.generation_tokens == 5 and last.memory.drafter == pair.drafter.nbytes
+    with pytest.raises(TypeError):
+        list(stream_generate(pair, tokenizer, varied_tokens(20), max_tokens=5, depth=1))

@@ -25,7 +25,7 @@ ALLOWED = {
     "mtp_mlx.depth": {"errors"},
     "mtp_mlx.rounds": {"accept", "depth", "errors", "sampling", "types"},
     "mtp_mlx.stats": {"depth", "rounds"},
-    "mtp_mlx.generate": {"depth", "errors", "rounds", "sampling", "stats", "types"},
+    "mtp_mlx.generate": {"depth", "errors", "ngram", "rounds", "sampling", "stats", "types"},
     "mtp_mlx.checkpoint": {"errors"},
     "mtp_mlx.loading": {"checkpoint", "errors", "models", "ngram", "types"},
     "mtp_mlx.cli.display": {"generate", "stats"},

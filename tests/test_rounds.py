@@ -354,3 +354,51 @@ def test_phases_are_timed_only_where_a_round_is_split() -> None:
     assert whole.commit is None and whole.draft is None and whole.verify is None
     assert parts.commit is not None and parts.draft is not None and parts.verify is not None
     assert np.isclose(parts.commit + parts.draft + parts.verify + parts.host, parts.total)
+
+
+class _InterruptionError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("variant", ["gemma4_keqv", "qwen3_5_tied"])
+def test_a_prompt_that_was_broken_off_is_gone_on_with(variant: str) -> None:
+    """As a server does that cancels a request and keeps what has been read."""
+    text = varied_tokens(60)
+    forced = Forced(mx.array(text + [0] * 20))
+
+    def stop(done: int, total: int) -> None:
+        if done == 16:
+            raise _InterruptionError
+
+    sequence = Sequence(Pair(*tiny_pair(variant)), forced)
+    with pytest.raises(_InterruptionError):
+        sequence.prefill(text[:40], 16, stop)
+    sequence.prefill(text[sequence.length + 1 : 40], 16, lambda done, total: None)
+    fresh = Sequence(Pair(*tiny_pair(variant)), forced)
+    fresh.prefill(text[:40], 16, lambda done, total: None)
+    assert sequence.length == fresh.length == 39
+    for k in (0, 4):
+        assert gap(sequence.round(k).logprobs, fresh.round(k).logprobs) < EXACT
+
+
+@pytest.mark.parametrize("variant", ["gemma4_keqv", "qwen3_5_tied"])
+def test_an_interruption_between_two_rounds_costs_nothing(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    target, drafter = tiny_pair(variant)
+    text = varied_tokens(60)
+    forced = Forced(mx.array(text + [0] * 20))
+    sequences = [Sequence(Pair(target, drafter), forced) for _ in range(2)]
+    for sequence in sequences:
+        sequence.prefill(text[:20], 16, lambda done, total: None)
+        sequence.round(0)
+        sequence.round(4)
+
+    def interrupted(*_: object) -> None:
+        raise _InterruptionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(drafter), "advance", interrupted)
+        with pytest.raises(_InterruptionError):
+            sequences[0].round(3)
+    rows = [sequence.round(3) for sequence in sequences]
+    assert rows[0].tokens == rows[1].tokens and gap(rows[0].logprobs, rows[1].logprobs) == 0
+    assert mx.array_equal(sequences[0].cache.position, sequences[1].cache.position)

@@ -11,7 +11,7 @@ ROW = mx.zeros((1, 1))
 
 
 def _round(tokens: int, drafted: int, times: Times) -> Round:
-    return Round(list(range(tokens)), drafted, tokens - 1, ROW, times)
+    return Round(list(range(tokens)), drafted, tokens - 1, True, ROW, times)
 
 
 def test_figures_of_three_rounds() -> None:
@@ -35,10 +35,10 @@ def test_figures_of_three_rounds() -> None:
 
 
 def test_a_stop_inside_an_accepted_run_cuts_the_round() -> None:
-    result = Round([5, 6, 7, 8], 3, 3, ROW, Times(0.1, 0.1, None, None, None))
+    result = Round([5, 6, 7, 8], 3, 3, True, ROW, Times(0.1, 0.1, None, None, None))
     assert result.first(2).tokens == [5, 6] and result.first(2).accepted == 2
     assert result.first(4) == result
-    corrected = Round([5, 6], 3, 1, ROW, Times(0.1, 0.1, None, None, None))
+    corrected = Round([5, 6], 3, 1, True, ROW, Times(0.1, 0.1, None, None, None))
     assert corrected.first(1).accepted == 1
 
 
