@@ -182,8 +182,13 @@ def load(
 
     Raises CheckpointError for a checkpoint that cannot be read, PairError for a drafter made for another target.
     """
-    loaded = load_pair(str(model), None if drafter is None else str(drafter), dtype)
+    loaded = load_pair(_name(model), None if drafter is None else _name(drafter), dtype)
     return loaded.pair, loaded.tokenizer
+
+
+def _name(given: str | Path) -> str:
+    """A path is never a demo, whatever it is called."""
+    return f"./{given}" if isinstance(given, Path) and str(given) in DEMOS else str(given)
 
 
 def load_pair(model: str = DEMO, drafter: str | None = "auto", dtype: mx.Dtype | None = None) -> Loaded:

@@ -27,7 +27,7 @@ from test_loading import edit_config
 
 from mtp_mlx.cache import MAX_BLOCK, Cache
 from mtp_mlx.errors import CheckpointError, PairError
-from mtp_mlx.loading import Loaded, _declared_convention, load_pair
+from mtp_mlx.loading import Loaded, _declared_convention, load, load_pair
 from mtp_mlx.models import qwen3_5_mtp
 from mtp_mlx.models.qwen3_5 import Model
 from mtp_mlx.models.qwen3_5_mtp import Convention, Head, State, Step, convention, exceptions, own_tensors, sanitize
@@ -725,9 +725,9 @@ def test_a_config_that_is_not_the_heads_is_refused(tmp_path: Path) -> None:
 
 def test_a_drafter_of_the_other_family_is_refused(tmp_path: Path) -> None:
     gemma = FIXTURES / "gemma4_keqv"
-    with pytest.raises(PairError, match="is a Gemma 4 assistant and the target is of another family"):
+    with pytest.raises(PairError, match="'gemma4_assistant', which does not draft for 'qwen3_5' targets"):
         load_quietly(FIXTURES / "qwen3_5_tied", gemma / "assistant")
-    with pytest.raises(PairError, match="is a Qwen mtp head and the target is of another family"):
+    with pytest.raises(PairError, match="'qwen3_5', which does not draft for 'gemma4' targets"):
         load_quietly(gemma, FIXTURES / "qwen3_5_tied")
     with pytest.raises(PairError, match="drafters of 'gemma4' targets are folders"):
         load_quietly(gemma, save(tmp_path / "head.safetensors", raw(parts(DENSE)[1])))
@@ -751,14 +751,60 @@ def test_flash_next_is_refused_by_name(tmp_path: Path) -> None:
         load_quietly(FIXTURES / DENSE, drafter)
 
 
-def test_a_damaged_head_is_named(tmp_path: Path) -> None:
+def test_a_damaged_head_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Where it was asked for, that is an error; a file that merely lies there is passed over, with a warning."""
     folder = headless("qwen3_5_tied", tmp_path / "target")
     file = save(folder / "mtp.safetensors", raw(parts("qwen3_5_tied")[1]))
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    for drafter in ("auto", file):
-        with pytest.raises(CheckpointError, match="damaged or cut short") as caught:
-            load_quietly(folder, drafter)
-        assert str(file) in str(caught.value)
+    with pytest.raises(CheckpointError, match="damaged or cut short") as caught:
+        load_quietly(folder, file)
+    assert str(file) in str(caught.value)
+    assert isinstance(load_quietly(folder).pair.drafter, NoDrafter)
+    (record,) = caplog.records
+    assert record.levelname == "WARNING" and str(file) in record.getMessage()
+
+
+def test_stray_files_do_not_keep_a_head_from_being_found(tmp_path: Path) -> None:
+    folder = headless(DENSE, tmp_path / "target")
+    save(folder / "mtp.safetensors", raw(parts(DENSE)[1]))
+    (folder / "adapters.safetensors").write_bytes(b"")
+    (folder / "a.safetensors").mkdir()
+    (folder / "assistant").mkdir()
+    (folder / "manifest.json").write_text("[]")
+    (folder / "mtplx_runtime.json").write_text("{")
+    drafts_as_torch(load_quietly(folder), DENSE)
+
+
+def test_a_folder_called_like_a_demo_is_read_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(FIXTURES / DENSE, tmp_path / "demo-qwen")
+    monkeypatch.chdir(tmp_path)
+    drafts_as_torch(load_pair("./demo-qwen", "auto", mx.float32), DENSE)
+    assert load(Path("demo-qwen"), None, dtype=mx.float32)[0].target.vocabulary == 320
+
+
+def test_a_head_that_cannot_be_run_does_not_keep_its_target_from_running(tmp_path: Path) -> None:
+    for number, change in enumerate(({"mtp_use_dedicated_embeddings": True}, {"mtp_num_hidden_layers": 2})):
+        folder = Path(shutil.copytree(FIXTURES / DENSE, tmp_path / str(number)))
+        edit_config(folder, lambda config, change=change: config["text_config"].update(change))  # type: ignore[misc]
+        assert isinstance(load_quietly(folder, "none").pair.drafter, NoDrafter)
+        with pytest.raises(CheckpointError, match=f"{next(iter(change))} is"):
+            load_quietly(folder)
+
+
+def test_a_head_computes_in_its_targets_precision(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(FIXTURES / DENSE, tmp_path / "target"))
+    weights = mx.load(str(folder / "model.safetensors"))
+    assert isinstance(weights, dict)
+    half = {name: a if "mtp" in name else a.astype(mx.float16) for name, a in weights.items()}
+    mx.save_safetensors(str(folder / "model.safetensors"), half, {"format": "pt"})
+    head = load_pair(str(folder)).pair.drafter
+    assert isinstance(head, Head) and head.network.fc.weight.dtype == mx.float16
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    for name in ("nosuch/mtp.safetensors", str(tmp_path / "mtp.safetensors")):
+        with pytest.raises(CheckpointError, match=f"there is no file {name}"):
+            load_quietly(FIXTURES / DENSE, name)
 
 
 def _without(*names: str) -> Callable[[Tensors], Tensors]:
