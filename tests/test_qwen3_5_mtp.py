@@ -783,11 +783,11 @@ def test_a_folder_called_like_a_demo_is_read_itself(tmp_path: Path, monkeypatch:
 
 
 def test_a_head_that_cannot_be_run_does_not_keep_its_target_from_running(tmp_path: Path) -> None:
-    for number, change in enumerate(({"mtp_use_dedicated_embeddings": True}, {"mtp_num_hidden_layers": 2})):
-        folder = Path(shutil.copytree(FIXTURES / DENSE, tmp_path / str(number)))
-        edit_config(folder, lambda config, change=change: config["text_config"].update(change))  # type: ignore[misc]
+    for key, value in (("mtp_use_dedicated_embeddings", True), ("mtp_num_hidden_layers", 2)):
+        folder = Path(shutil.copytree(FIXTURES / DENSE, tmp_path / key))
+        edit_config(folder, lambda config: config["text_config"].update({key: value}))  # noqa: B023
         assert isinstance(load_quietly(folder, "none").pair.drafter, NoDrafter)
-        with pytest.raises(CheckpointError, match=f"{next(iter(change))} is"):
+        with pytest.raises(CheckpointError, match=f"{key} is"):
             load_quietly(folder)
 
 
