@@ -243,8 +243,9 @@ def find(name: str) -> Path:
     if not name:
         raise CheckpointError(f"the name of a model is empty; give a folder, a hub id, {' or '.join(DEMOS)}")
     try:
-        if not _is_hub_id(name) or Path(name).exists():
-            return Path(name).expanduser()
+        path = Path(name).expanduser()
+        if path.exists() or not _is_hub_id(name):
+            return path
     except (OSError, RuntimeError) as error:
         raise CheckpointError(f"{name[:200]} cannot be a folder: {_first_line(error)}") from error
     try:
