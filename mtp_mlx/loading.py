@@ -88,7 +88,10 @@ def _qwen_head(checkpoint: Checkpoint, dtype: mx.Dtype | None, target: Target) -
         )
     network = _built(_head_network, checkpoint)
     stored = _head_convention(checkpoint)
-    level, how = (logging.WARNING if stored.overruled else logging.INFO), "as 1 less" if stored.raw else "as applied"
+    level, how = (
+        (logging.WARNING if stored.overruled else logging.INFO),
+        "as the difference from 1" if stored.raw else "as applied",
+    )
     _log.log(level, "%s: norms stored %s (%s)", checkpoint.name, how, stored.reason)
     for name in qwen3_5_mtp.exceptions(tensors, stored.raw):
         _log.warning("%s: %s is stored the other way, as its values show", checkpoint.name, name)

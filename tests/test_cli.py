@@ -211,4 +211,4 @@ def test_a_drafter_that_does_not_fit_is_reported_beside_the_text() -> None:
 def test_what_was_decided_about_the_files_is_shown_on_request() -> None:
     done = generate("x", "--model", QWEN, "--dtype", "float32", "-m", "2", "--verbose", "--no-stats")
     assert "the mtp head inside the checkpoint" in done.stderr
-    assert "stored as 1 less (the convolutions beside it are laid out as released)" in done.stderr
+    assert "stored as the difference from 1 (the convolutions beside it are laid out as released)" in done.stderr

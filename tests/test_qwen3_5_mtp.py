@@ -649,7 +649,7 @@ def test_what_other_programs_declare_is_read(
     assert declared is None or (key in declared.reason and file in declared.reason)
 
 
-@pytest.mark.parametrize(("change", "words"), [(raw, "stored as 1 less"), (shifted, "as applied")])
+@pytest.mark.parametrize(("change", "words"), [(raw, "stored as the difference from 1"), (shifted, "as applied")])
 def test_the_convention_is_logged_with_its_reason(
     change: Callable[[Tensors], Tensors], words: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
