@@ -37,13 +37,12 @@ from mtp_mlx.types import Output, Pair, Span
 
 # The other tiny Qwens differ from these two in their files only.
 ROUNDS = [*VARIANTS, "qwen3_5_tied", "qwen3_5_moe"]
-# Below, across and above the sliding window, and one token to each side of where a prompt's second chunk begins.
-PROMPTS = [1, 5, WINDOW, WINDOW + 1, WINDOW + 2, 3 * WINDOW]
+PROMPTS = [1, 5, WINDOW, WINDOW + 1, 3 * WINDOW]  # below, across and above the sliding window
 STEP = WINDOW  # prompt tokens read at a time; the truth is read at once
 
 
 def _prompts(variant: str) -> list[int]:
-    """Lengths of prompts; without a window only the chunks' border matters."""
+    """Lengths of prompts; without a window only the border of the first chunk matters, to both its sides."""
     return [1, WINDOW, WINDOW + 1, WINDOW + 2] if variant in QWEN else PROMPTS
 
 
