@@ -250,7 +250,7 @@ def find(name: str) -> Path:
         if path.exists() or not _is_hub_id(name):
             return path
     except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"{name[:200]} cannot be a folder: {_first_line(error)}") from error
+        raise CheckpointError(f"{name[:200]} cannot be opened: {_first_line(error)}") from error
     try:
         return Path(snapshot_download(name, allow_patterns=_FILES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:

@@ -42,8 +42,8 @@ STEP = WINDOW  # prompt tokens read at a time; the truth is read at once
 
 
 def _prompts(variant: str) -> list[int]:
-    """Lengths of prompts; without a window only the border of the first chunk matters, to both its sides."""
-    return [1, WINDOW, WINDOW + 1, WINDOW + 2] if variant in QWEN else PROMPTS
+    """Lengths of prompts; for a recurrent layer, one more that begins a second chunk with a single token."""
+    return [*PROMPTS, WINDOW + 2] if variant in QWEN else PROMPTS
 
 
 HIT_RATES = [0.0, 0.5, 0.8, 1.0]
