@@ -33,7 +33,7 @@ def main() -> None:
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     for repeat in range(options.repeats + 1):
         for name, (parts, room) in arms.items():
-            sequence = Sequence(parts, mtp_mlx.Greedy())
+            sequence = Sequence(parts, mtp_mlx.Rules())
             sequence.cache.reserve(room)
             began = time.perf_counter()
             sequence.prefill(prompt, options.step, lambda done, total: None)

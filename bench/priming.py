@@ -16,8 +16,8 @@ import report
 
 import mtp_mlx
 from mtp_mlx.cache import Cache, FullCache
-from mtp_mlx.models.qwen3_5_mtp import Head, State
-from mtp_mlx.types import Draft, Mask, Output, Pair, Span
+from mtp_mlx.models.qwen3_5_mtp import Head
+from mtp_mlx.types import Mask, Pair, Pick, Span, State
 
 
 class LatePairs(FullCache):
@@ -44,18 +44,25 @@ class Unprimed:
     def nbytes(self) -> int:
         return self.head.nbytes
 
+    def reads(self, cache: Cache) -> int:
+        return self.head.reads(cache)
+
     def start(self, cache: Cache) -> State:
-        pairs = LatePairs()
-        cache.attach(pairs)
-        return State(cache, pairs, None)
+        cache.attach(LatePairs())
+        return ()
 
-    def advance(self, state: State, tokens: mx.array, span: Span, output: Output, count: mx.array) -> State:
-        if state.hidden is None:
-            state.pairs.first = span.start
-        return self.head.advance(state, tokens, span, output, count)
+    def advance(
+        self, state: State, cache: Cache, tokens: mx.array, span: Span, hidden: mx.array, count: mx.array
+    ) -> State:
+        """The state is the head's, and the slot of its first pair."""
+        first = state[1] if state else mx.array(span.start)
+        return (*self.head.advance(state[:1], cache, tokens, span, hidden, count), first)
 
-    def draft(self, state: State, last: mx.array, k: int) -> Draft:
-        return self.head.draft(state, last, k)
+    def draft(self, state: State, cache: Cache, last: mx.array, k: int, pick: Pick) -> None:
+        pairs = cache.layers[-1]
+        assert isinstance(pairs, LatePairs)
+        pairs.first = state[1]
+        self.head.draft(state[:1], cache, last, k, pick)
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ LONG_PROMPT = 512  # tokens from which reading a prompt is worth a progress bar
 STYLES: dict[Origin, Style] = {
     "plain": Style(),
     "accepted": Style(color="green"),
+    "copied": Style(color="cyan"),
     "correction": Style(color="red"),
     "bonus": Style(color="blue"),
 }
@@ -148,11 +149,16 @@ def _rows(stats: Stats, last: Response) -> Iterator[tuple[str, str]]:
         f"{last.generation_tokens} tokens, {stats.generation_tps:.1f} tok/s ({last.finish_reason})",
     )
     yield "first token", f"{stats.ttft_seconds:.3f} s"
-    yield "rounds", f"{stats.rounds}, {stats.tokens_per_round:.2f} tokens per round"
+    built = "" if stats.compiled else "; built anew each time, as no compiler was found"
+    yield "rounds", f"{stats.rounds}, {stats.tokens_per_round:.2f} tokens per round{built}"
     yield "depth", f"{stats.depth}: {stats.depth_reason}"
     if stats.drafted:
         shares = " ".join(f"{share:.0%}" for share in stats.accepted_per_position)
-        yield "accepted", f"{stats.accepted} of {stats.drafted} drafts; per position {shares}"
+        own = stats.drafted - stats.copied
+        if own:
+            yield "accepted", f"{stats.accepted - stats.copied_accepted} of {own} drafts; per position {shares}"
+        if stats.copied:
+            yield "copied", f"{stats.copied_accepted} of {stats.copied} tokens of earlier text kept"
     phases = [
         ("commit", stats.commit.ms),
         ("draft", stats.draft.ms),

@@ -4,7 +4,9 @@ import json
 import platform
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.metadata import version
+from pathlib import Path
 from typing import Annotated, Any
 
 import mlx.core as mx
@@ -12,11 +14,13 @@ import typer
 from jinja2 import TemplateError
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from mtp_mlx.choosing import Drafts
 from mtp_mlx.cli.display import Notes, Progress, Writer, loading, note, stats_table
 from mtp_mlx.errors import CheckpointError, RequestError
 from mtp_mlx.generate import DEFAULT_MAX_TOKENS, DEFAULT_PREFILL_STEP, Response, check_text, stream_generate
 from mtp_mlx.loading import DEMO, DEMOS, Loaded, load_pair
-from mtp_mlx.sampling import choose_sampler
+from mtp_mlx.penalties import Penalties
+from mtp_mlx.sampling import Sample, Sampler, choose_sampler
 
 DEMO_PROMPT = '''\
 import unittest
@@ -50,7 +54,43 @@ def command(
     top_p: Annotated[float, typer.Option(help="Sample from the smallest set with this probability; 1 is off.")] = 1.0,
     min_p: Annotated[float, typer.Option(help="Drop tokens below this share of the best one's; 0 is off.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="Sample from this many tokens; 0 is off.")] = 0,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling; the same text at every depth.")] = 0,
+    xtc_probability: Annotated[
+        float, typer.Option(help="How often the most probable choices are left out (XTC); 0 is off.")
+    ] = 0.0,
+    xtc_threshold: Annotated[float, typer.Option(help="Probability from which XTC counts a token as a choice.")] = 0.1,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Divide the logits of recent tokens by this (multiply negative ones); 1 is off.")
+    ] = 1.0,
+    presence_penalty: Annotated[
+        float, typer.Option(help="Subtract this from the logit of every recent token; 0 is off.")
+    ] = 0.0,
+    frequency_penalty: Annotated[
+        float, typer.Option(help="Subtract this for every recent occurrence of a token; 0 is off.")
+    ] = 0.0,
+    penalty_context: Annotated[int, typer.Option(help="How many tokens back the three penalties look.")] = 20,
+    logit_bias: Annotated[
+        list[str] | None, typer.Option(help="ID=VALUE is added to the logit of token ID; give it once for each.")
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(help="Seed of the sampling: the same text on every run and at every depth. Default: a new one."),
+    ] = None,
+    drafts: Annotated[
+        str,
+        typer.Option(
+            help="How drafts are drawn at a temperature: 'coupled' with the target's own noise, 'argmax', or "
+            "'sampled' and tested by rejection. The text is the target's in any case."
+        ),
+    ] = "coupled",
+    draft_temp: Annotated[
+        float | None, typer.Option(help="Temperature of 'sampled' drafts; default: that of the target.")
+    ] = None,
+    lookup: Annotated[
+        bool, typer.Option(help="Try what followed an earlier occurrence of the latest tokens, where that pays.")
+    ] = True,
+    prediction: Annotated[
+        Path | None, typer.Option(help="File with text that the output will mostly repeat; tried as drafts.")
+    ] = None,
     dtype: Annotated[
         str,
         typer.Option(help="Recast the weights: float32, bfloat16 or float16; 'auto' keeps the checkpoint's."),
@@ -75,7 +115,18 @@ def command(
     Example: mtp-mlx generate "def fibonacci(n):" --depth 4 --show-drafts
     """
     parsed_depth = parse_depth(depth)
-    sampler = choose_sampler(temp, top_p, min_p, top_k, seed)
+    sampler = choose_sampler(temp, top_p, min_p, top_k, xtc_probability=xtc_probability, xtc_threshold=xtc_threshold)
+    penalties = Penalties(
+        repetition=repetition_penalty,
+        repetition_context=penalty_context,
+        presence=presence_penalty,
+        presence_context=penalty_context,
+        frequency=frequency_penalty,
+        frequency_context=penalty_context,
+        bias=parse_bias(logit_bias or []),
+    )
+    drawn = parse_drafts(drafts, sampler, draft_temp)
+    predicted = None if prediction is None else _read_file(prediction)
     text = _read_prompt(prompt, model)
     with Notes(verbose) as notes, Progress() as progress:
         with loading(model):
@@ -90,6 +141,11 @@ def command(
             max_tokens=max_tokens,
             depth=parsed_depth,
             sampler=sampler,
+            penalties=penalties,
+            seed=seed,
+            drafts=drawn,
+            lookup=lookup,
+            prediction=predicted,
             prefill_step_size=prefill_step_size,
             prompt_progress_callback=progress,
         )
@@ -109,6 +165,29 @@ def parse_depth(depth: str) -> int | str:
         raise RequestError(f"--depth {depth} is neither 'auto' nor a number of drafts") from None
 
 
+def parse_drafts(name: str, sampler: Sampler, temperature: float | None) -> Drafts:
+    """How drafts are drawn. Raises RequestError for an unknown name, or a temperature that would not be used."""
+    if name not in ("coupled", "argmax", "sampled"):
+        raise RequestError(f"--drafts {name} is not one of coupled, argmax, sampled")
+    if name != "sampled" and temperature is not None:
+        raise RequestError(f"--draft-temp {temperature} is for --drafts sampled; {name} drafts do not use it")
+    if name == "sampled" and isinstance(sampler, Sample):
+        return sampler if temperature is None else replace(sampler, temperature=temperature)
+    return "argmax" if name == "argmax" else "coupled"  # at temperature 0 they are the same
+
+
+def parse_bias(given: list[str]) -> tuple[tuple[int, float], ...]:
+    """Pairs of token and bias from ID=VALUE. Raises RequestError for anything else."""
+    pairs: list[tuple[int, float]] = []
+    for entry in given:
+        token, _, value = entry.partition("=")
+        try:
+            pairs.append((int(token), float(value)))
+        except ValueError:
+            raise RequestError(f"--logit-bias {entry} is not ID=VALUE, a token id and a number") from None
+    return tuple(pairs)
+
+
 DTYPES = {"auto": None, "float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
 
@@ -117,6 +196,15 @@ def parse_dtype(name: str) -> mx.Dtype | None:
     if name not in DTYPES:
         raise RequestError(f"--dtype {name} is not one of {', '.join(DTYPES)}")
     return DTYPES[name]
+
+
+def _read_file(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise RequestError(f"{path} is not UTF-8 text ({error})") from None
+    except OSError as error:
+        raise RequestError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def _read_prompt(prompt: str | None, model: str) -> str:

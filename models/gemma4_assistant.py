@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
-from mtp_mlx.cache import MAX_BLOCK, Cache
+from mtp_mlx.cache import MAX_BLOCK, Cache, KeyValueCache
 from mtp_mlx.models.base import weight_bytes
 from mtp_mlx.models.gemma4 import DecoderLayer, TextConfig
 from mtp_mlx.models.gemma4 import Model as Gemma4
-from mtp_mlx.types import Draft, Mask, Output, Span, Visible
+from mtp_mlx.types import Mask, Pick, Span, State, Visible
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,6 @@ class Scores(NamedTuple):
 
     logits: mx.array  # (B, L, C)
     ids: mx.array | None  # (B, L, C) token of each column; None: the column is the token
-
-    def argmax(self) -> mx.array:
-        """The best token, (B, L)."""
-        best = mx.argmax(self.logits, axis=-1)
-        return best if self.ids is None else mx.take_along_axis(self.ids, best[..., None], axis=-1)[..., 0]
 
 
 class MaskedEmbedding(nn.Module):
@@ -137,13 +132,6 @@ class Model(nn.Module):
         return kept
 
 
-class State(NamedTuple):
-    """What the assistant knows of one sequence. Keys and values are the target's."""
-
-    cache: Cache
-    hidden: mx.array | None  # (B, 1, D) the target's hidden of the last kept token
-
-
 @dataclass(frozen=True)
 class Assistant:
     """The drafter: chains draft steps from the last kept hidden, the position held still.
@@ -164,42 +152,36 @@ class Assistant:
         """Bytes of the weights; the target's table and cache are not counted again."""
         return weight_bytes(self.network)
 
+    def reads(self, cache: Cache) -> int:
+        return sum(array.nbytes for layer in self._layers(cache).values() for array in layer.arrays())
+
     def start(self, cache: Cache) -> State:
-        return State(cache, None)
+        return ()
 
-    def advance(self, state: State, tokens: mx.array, span: Span, output: Output, count: mx.array) -> State:
-        last = mx.take_along_axis(output.hidden, count[:, None, None], axis=1)  # (B, 1, D)
-        return State(state.cache, last)
+    def advance(
+        self, state: State, cache: Cache, tokens: mx.array, span: Span, hidden: mx.array, count: mx.array
+    ) -> State:
+        """The state is the target's hidden of the last kept token, (B, 1, D)."""
+        return (mx.take_along_axis(hidden, count[:, None, None], axis=1),)
 
-    def draft(self, state: State, last: mx.array, k: int) -> Draft:
-        tokens = [scores.argmax() for scores, _ in self.steps(state, last, k)]
-        return Draft(mx.concatenate(tokens, axis=1).astype(mx.int32) if tokens else _no_tokens(last))
-
-    def steps(self, state: State, last: mx.array, k: int) -> list[Step]:
-        """k chained draft steps; nothing is evaluated between them."""
-        if k == 0:
-            return []
-        assert state.hidden is not None, "a draft starts from the hidden of a kept token"
-        span = Span(state.cache.position + self.position_offset, 1)
-        memory = self._memory(state.cache)
-        token, hidden = last[:, None], state.hidden
-        chain: list[Step] = []
+    def draft(self, state: State, cache: Cache, last: mx.array, k: int, pick: Pick) -> None:
+        (hidden,) = state
+        span = Span(cache.position + self.position_offset, 1)
+        memory = self._memory(cache)
+        token = last[:, None]
         for _ in range(k):
-            step = self.network(self.target.embed(token), hidden, memory, span)
-            token, hidden = step.scores.argmax(), step.hidden
-            chain.append(step)
-        return chain
+            scores, hidden = self.network(self.target.embed(token), hidden, memory, span)
+            token = pick(*scores)
+
+    def _layers(self, cache: Cache) -> dict[str, KeyValueCache]:
+        """The target's last sliding and last full layer."""
+        kinds = sorted(set(self.network.config.text.layer_types))
+        return {kind: cache.attention(self.target.config.owner(kind)) for kind in kinds}
 
     def _memory(self, cache: Cache) -> dict[str, tuple[Visible, Mask]]:
-        """The target's last sliding and last full layer: all that its newest kept token can see there."""
+        """All that the newest kept token can see in them."""
         newest = Span(cache.position - 1, 1)
-        kinds = set(self.network.config.text.layer_types)
-        layers = {kind: cache.attention(self.target.config.owner(kind)) for kind in kinds}
-        return {kind: (layer.stored(), layer.mask(newest)) for kind, layer in layers.items()}
-
-
-def _no_tokens(last: mx.array) -> mx.array:
-    return mx.zeros((last.shape[0], 0), mx.int32)
+        return {kind: (layer.stored(), layer.mask(newest)) for kind, layer in self._layers(cache).items()}
 
 
 def check_ordering(ordering: mx.array) -> None:

@@ -7,7 +7,7 @@ qwen3_5, so that weights can be handed over. Qwen3-Next differs in how its file 
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -170,6 +170,20 @@ def _rope(text: Mapping[str, Any]) -> dict[str, Any]:
     return rope
 
 
+class Stored(NamedTuple):
+    """Rows in a cache, and who may see them."""
+
+    visible: Visible
+    mask: mx.array  # (B, 1, 1, S)
+
+
+def fresh_rows(rows: list[Visible]) -> Visible:
+    """Rows of single tokens in one piece, (B, H, j, head size)."""
+    return Visible(
+        mx.concatenate([row.keys for row in rows], axis=2), mx.concatenate([row.values for row in rows], axis=2)
+    )
+
+
 class Attention(nn.Module):
     """Grouped-query attention, its output gated, positions turned into a part of each head only."""
 
@@ -202,11 +216,38 @@ class Attention(nn.Module):
         return Visible(self._rope(keys, offset=span.start), values)
 
     def __call__(self, x: mx.array, visible: Visible, mask: Mask, span: Span) -> mx.array:
+        queries, gate = self._queries(x, span)
+        out = mx.fast.scaled_dot_product_attention(queries, *visible, scale=self.scale, mask=mask)
+        return self._gated(out, gate)
+
+    def beside(self, x: mx.array, stored: Stored | None, fresh: list[Visible], span: Span) -> mx.array:
+        """One token that sees stored rows, and rows (B, H, 1, head size) that stay out of the cache.
+
+        The scores of both go through one softmax, so that neither has to be copied behind the other.
+        """
+        queries, gate = self._queries(x, span)
+        B, heads, _, size = queries.shape
+        keys, values = fresh_rows(fresh)
+        grouped = queries.reshape(B, keys.shape[1], -1, size) * self.scale  # (B, H, heads / H, head size)
+        scores = (grouped @ keys.swapaxes(-1, -2)).astype(mx.float32)
+        if stored is None:
+            out = mx.softmax(scores, axis=-1).astype(x.dtype) @ values
+        else:
+            before = (grouped @ stored.visible.keys.swapaxes(-1, -2)).astype(mx.float32)
+            before = mx.where(stored.mask, before, -mx.inf)
+            weights = mx.softmax(mx.concatenate([before, scores], axis=-1), axis=-1).astype(x.dtype)
+            far, near = mx.split(weights, [before.shape[-1]], axis=-1)
+            out = far @ stored.visible.values + near @ values
+        return self._gated(out.reshape(B, heads, 1, size), gate)
+
+    def _queries(self, x: mx.array, span: Span) -> tuple[mx.array, mx.array]:
+        """Queries (B, heads, L, head size), and the gate of what they find."""
         B, L, _ = x.shape
         queries, gate = mx.split(self.q_proj(x).reshape(B, L, self.heads, -1), 2, axis=-1)
-        queries = self._rope(self.q_norm(queries).swapaxes(1, 2), offset=span.start)
-        out = mx.fast.scaled_dot_product_attention(queries, *visible, scale=self.scale, mask=mask)
-        return self.o_proj(out.swapaxes(1, 2).reshape(B, L, -1) * mx.sigmoid(gate.reshape(B, L, -1)))
+        return self._rope(self.q_norm(queries).swapaxes(1, 2), offset=span.start), gate.reshape(B, L, -1)
+
+    def _gated(self, out: mx.array, gate: mx.array) -> mx.array:
+        return self.o_proj(out.swapaxes(1, 2).reshape(gate.shape) * mx.sigmoid(gate))
 
 
 class GatedRMSNorm(nn.Module):
@@ -312,6 +353,12 @@ class DecoderLayer(nn.Module):
         x = self.input_layernorm(h)
         visible = cache.write(*self.self_attn.keys_and_values(x, span), span)
         return self._feed_forward(h + self.self_attn(x, visible, mask, span))
+
+    def attend_beside(self, h: mx.array, stored: Stored | None, fresh: list[Visible], span: Span) -> mx.array:
+        """A layer of attention for one token, (B, 1, D), whose keys and values join `fresh` and not the cache."""
+        x = self.input_layernorm(h)
+        fresh.append(self.self_attn.keys_and_values(x, span))
+        return self._feed_forward(h + self.self_attn.beside(x, stored, fresh, span))
 
     def recur(self, h: mx.array, cache: RecurrentCache) -> mx.array:
         """A layer of linear attention, (B, L, D)."""

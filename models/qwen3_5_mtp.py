@@ -13,18 +13,11 @@ from typing import Any, NamedTuple, cast
 import mlx.core as mx
 import mlx.nn as nn
 
-from mtp_mlx.cache import MAX_BLOCK, Cache, FullCache
+from mtp_mlx.cache import MAX_BLOCK, Cache, FullCache, KeyValueCache
 from mtp_mlx.models import base
-from mtp_mlx.models.qwen3_5 import FULL, DecoderLayer, TextConfig, is_raw
+from mtp_mlx.models.qwen3_5 import FULL, DecoderLayer, Stored, TextConfig, is_raw
 from mtp_mlx.models.qwen3_5 import Model as Qwen
-from mtp_mlx.types import Draft, Output, Span
-
-
-class Step(NamedTuple):
-    """The outcome of one draft step."""
-
-    logits: mx.array  # (B, 1, V)
-    hidden: mx.array  # (B, 1, D) after the head's own norm, input of the next step
+from mtp_mlx.types import Pick, Span, State, Visible
 
 
 class Network(nn.Module):
@@ -39,34 +32,27 @@ class Network(nn.Module):
         self.layers = [DecoderLayer(config, FULL)]
         self.norm = nn.RMSNorm(width, eps=eps)
 
-    def remember(self, embedding: mx.array, hidden: mx.array, cache: FullCache, span: Span) -> None:
+    def remember(self, embedding: mx.array, hidden: mx.array, cache: KeyValueCache, span: Span) -> None:
         """Keep the keys and values of pairs (B, L, D) x 2: all that they leave behind."""
         layer = self.layers[0]
         x = layer.input_layernorm(self._joined(embedding, hidden))
         cache.write(*layer.self_attn.keys_and_values(x, span), span)
 
-    def __call__(self, embedding: mx.array, hidden: mx.array, cache: FullCache, span: Span) -> mx.array:
-        """The head's hidden for pairs, (B, L, D), after its norm."""
-        mask = cache.mask(span)
-        return self.norm(self.layers[0].attend(self._joined(embedding, hidden), cache, mask, span))
+    def __call__(
+        self, embedding: mx.array, hidden: mx.array, stored: Stored | None, fresh: list[Visible], span: Span
+    ) -> mx.array:
+        """The head's hidden for one pair, (B, 1, D), after its norm; the pair's keys and values join `fresh`."""
+        return self.norm(self.layers[0].attend_beside(self._joined(embedding, hidden), stored, fresh, span))
 
     def _joined(self, embedding: mx.array, hidden: mx.array) -> mx.array:
         pair = [self.pre_fc_norm_embedding(embedding), self.pre_fc_norm_hidden(hidden)]  # the embedding comes first
         return self.fc(mx.concatenate(pair, axis=-1))
 
 
-class State(NamedTuple):
-    """What the head knows of one sequence."""
-
-    cache: Cache  # the target's
-    pairs: FullCache  # the head's own layer in it
-    hidden: mx.array | None  # (B, 1, D) the target's, of the last kept token: not paired yet
-
-
 @dataclass(frozen=True)
 class Head:
     """The drafter. Every kept token is paired with a true hidden of the target, from the first of the prompt on;
-    in a draft of several tokens the head's own hidden stands in, and what that leaves behind is overwritten."""
+    in a draft of several tokens the head's own hidden stands in, and what that gives is kept out of its layer."""
 
     network: Network
     target: Qwen
@@ -78,42 +64,49 @@ class Head:
         """Bytes of the weights; the target's embeddings and output head are not counted again."""
         return base.weight_bytes(self.network)
 
-    def start(self, cache: Cache) -> State:
-        pairs = FullCache()
-        cache.attach(pairs)
-        return State(cache, pairs, None)
+    def reads(self, cache: Cache) -> int:
+        return 0  # its layer is its own, and a draft writes nothing
 
-    def advance(self, state: State, tokens: mx.array, span: Span, output: Output, count: mx.array) -> State:
+    def start(self, cache: Cache) -> State:
+        cache.attach(FullCache())
+        return ()
+
+    def advance(
+        self, state: State, cache: Cache, tokens: mx.array, span: Span, hidden: mx.array, count: mx.array
+    ) -> State:
+        """The state is the target's hidden of the last kept token, (B, 1, D): the one that is not paired yet."""
         # Token i goes with the hidden before it: that of the last kept token, then those of the block itself.
-        hidden, slots = output.hidden[:, :-1], Span(span.start, span.length - 1)
-        if state.hidden is None:
+        before, slots = hidden[:, :-1], Span(span.start, span.length - 1)
+        if not state:
             tokens = tokens[:, 1:]  # nothing comes before the first token of a text
         else:
-            hidden = mx.concatenate([state.hidden, hidden], axis=1)
+            before = mx.concatenate([*state, before], axis=1)
             slots = Span(span.start - 1, span.length)
         if slots.length:
-            self.network.remember(self.target.embed(tokens), hidden, state.pairs, slots)
-        last = mx.take_along_axis(output.hidden, count[:, None, None], axis=1)  # (B, 1, D)
-        return state._replace(hidden=last)
+            self.network.remember(self.target.embed(tokens), before, self._pairs(cache), slots)
+        return (mx.take_along_axis(hidden, count[:, None, None], axis=1),)
 
-    def draft(self, state: State, last: mx.array, k: int) -> Draft:
-        tokens = [mx.argmax(step.logits, axis=-1) for step in self.steps(state, last, k)]
-        none = mx.zeros((last.shape[0], 0), mx.int32)
-        return Draft(mx.concatenate([none, *tokens], axis=1).astype(mx.int32))
-
-    def steps(self, state: State, last: mx.array, k: int) -> list[Step]:
-        """k chained draft steps; nothing is evaluated between them."""
-        if k == 0:
-            return []
-        assert state.hidden is not None, "a draft starts from the hidden of a kept token"
-        token, hidden = last[:, None], state.hidden
-        chain: list[Step] = []
+    def draft(self, state: State, cache: Cache, last: mx.array, k: int, pick: Pick) -> None:
+        (hidden,) = state
+        token, fresh = last[:, None], list[Visible]()
+        stored = self._stored(cache)
         for i in range(k):
-            slot = Span(state.cache.position - 1 + i, 1)
-            hidden = self.network(self.target.embed(token), hidden, state.pairs, slot)
-            chain.append(Step(self.target.logits(hidden), hidden))
-            token = mx.argmax(chain[-1].logits, axis=-1)
-        return chain
+            slot = Span(cache.position - 1 + i, 1)
+            hidden = self.network(self.target.embed(token), hidden, stored, fresh, slot)
+            token = pick(self.target.logits(hidden))
+
+    def _stored(self, cache: Cache) -> Stored | None:
+        """The pairs of all kept tokens but the newest, whose hidden waits for its partner."""
+        pairs = self._pairs(cache)
+        if not pairs.arrays():
+            return None  # of a text with one token there are none
+        mask = pairs.mask(Span(cache.position - 2, 1))
+        assert isinstance(mask, mx.array)
+        return Stored(pairs.stored(), mask)
+
+    def _pairs(self, cache: Cache) -> KeyValueCache:
+        """The head's own layer, which stands behind the target's."""
+        return cache.attention(len(self.target.config.layer_types))
 
 
 class Convention(NamedTuple):

@@ -1,8 +1,10 @@
 """Lossless multi-token prediction on MLX."""
 
+from mtp_mlx.choosing import Rules
 from mtp_mlx.errors import CheckpointError, MTPError, PairError, RequestError
 from mtp_mlx.generate import Response, generate, stream_generate
 from mtp_mlx.loading import load
+from mtp_mlx.penalties import Penalties
 from mtp_mlx.sampling import Greedy, Sample
 from mtp_mlx.stats import Stats
 from mtp_mlx.types import Pair
@@ -15,8 +17,10 @@ __all__ = [
     "MTPError",
     "Pair",
     "PairError",
+    "Penalties",
     "RequestError",
     "Response",
+    "Rules",
     "Sample",
     "Stats",
     "generate",

@@ -74,14 +74,20 @@ class Cache:
         for layer in self.layers:
             layer.commit(count)
 
-    def arrays(self) -> list[mx.array]:
-        """Everything that has to be evaluated at the end of a round."""
-        return [self.position, *(array for layer in self.layers for array in layer.arrays())]
+    def arrays(self) -> list[list[mx.array]]:
+        """Everything that is held on the device, layer by layer, the position first."""
+        return [[self.position], *(layer.arrays() for layer in self.layers)]
+
+    def bind(self, arrays: list[list[mx.array]]) -> None:
+        """Hold these in their place: what a traced step has made of them."""
+        (self.position,), *layers = arrays
+        for layer, held in zip(self.layers, layers, strict=True):
+            layer.bind(held)
 
     @property
     def nbytes(self) -> int:
         """Bytes held by the buffers, empty capacity included."""
-        return sum(array.nbytes for array in self.arrays())
+        return sum(array.nbytes for held in self.arrays() for array in held)
 
 
 @dataclass
@@ -118,6 +124,9 @@ class _Buffers:
 
     def arrays(self) -> list[mx.array]:
         return [array for array in (self.keys, self.values) if array is not None]
+
+    def bind(self, arrays: list[mx.array]) -> None:
+        self.keys, self.values = arrays or (None, None)
 
 
 def _empty(rows: mx.array, capacity: int) -> mx.array:
@@ -157,6 +166,9 @@ class KeyValueCache(ABC):
 
     def arrays(self) -> list[mx.array]:
         return self._buffers.arrays()
+
+    def bind(self, arrays: list[mx.array]) -> None:
+        self._buffers.bind(arrays)
 
 
 class FullCache(KeyValueCache):
@@ -318,6 +330,10 @@ class RecurrentCache:
     def arrays(self) -> list[mx.array]:
         held = [self._tail, self._state, *(self._block or ())]
         return [array for array in held if array is not None]
+
+    def bind(self, arrays: list[mx.array]) -> None:
+        self._tail, self._state, *block = arrays or (None, None)
+        self._block = _Recurrence(*block) if block else None
 
 
 def _gated_delta(

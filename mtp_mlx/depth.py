@@ -1,38 +1,75 @@
 """How many tokens to draft next, decided by what drafting has been worth so far on this machine.
 
 A depth k brings 1 + p1 + p1 p2 + ... tokens per round, with p_j the chance that draft j is right when those
-before it were, and costs the measured time of such a round. The best ratio wins; depth 0 is always a candidate.
+before it were, and costs the measured time of such a round. The best ratio wins; depth 0, plain decoding, is always
+a candidate. What is not in use is tried now and then, as long as all such trials together have cost no more than
+a small share of the time spent: a drafter that is never right must not make a text slower.
 """
 
-import math
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
+from mtp_mlx.chances import CopyChance, DraftChances
+from mtp_mlx.costs import ENOUGH, Budget, CostClass, Costs, Timings
 from mtp_mlx.errors import RequestError
 
-DEEPEST = 6  # what `auto` tries at most
-TRIAL = 4  # depth of the first trial and of later probes while drafting is off
-SAMPLES = 3  # rounds at each depth before it is judged, the first of them not counted
-PRIOR = 8  # drafts that the expectation from the position before is worth
-GAIN = 1.03  # a change must promise at least this
-FORGET_AFTER = 128  # rounds
+DEEPEST = 8  # what `auto` tries at most
+COPY_SIZES = (3, 7, 15, 31)  # drafts of a copied round: 4 to 32 rows fill the tiles of matrix kernels; few to compile
+COPY_AT_MOST = 15  # copied drafts at a fixed depth
+GAIN = 1.03  # a change to more drafts must promise at least this
+TRIAL = 3  # rounds of a trial at most, the first of them slower than usual
 PROBE_AFTER, PROBE_AT_MOST = 32, 512  # rounds between probes of the depths not in use, doubling
+PROBE_SHARE = 0.005  # of the time until the next probe that a probe may be expected to lose; they wait longer then
+FAR = 4  # depth that is tried where depth 1 does not pay but drafts are right
+REMEMBERED = 4.0  # drafts that all earlier ones count as, where a text has begun or drafting was off for long
+ROW_COST, DRAFT_COST = 0.25, 0.05  # plain steps that a row and a draft are taken to cost where no clock may be read
 CHECK_ROUNDS = 32  # rounds with drafts after which a drafter is judged: 32 drafts at depth 1, 128 at depth 4
 CHECK_HITS = 2  # of them must have begun with the target's most probable token; a pair that fits has 10 on hard texts
 
 
+class Choice(NamedTuple):
+    """What the next round drafts."""
+
+    drafts: int
+    copied: bool = False  # taken from a copy of earlier text in place of the drafter
+
+
+class Outcome(NamedTuple):
+    """What a round came to."""
+
+    drafted: int
+    copied: bool
+    accepted: int
+    likely: bool  # whether the first draft was the target's most probable token, whatever was drawn
+    seconds: float
+
+
 class Depth(Protocol):
-    """Chooses the number of drafts of each round and learns from the outcome."""
+    """Chooses what each round drafts and learns from the outcome. May serve many texts, one after the other."""
 
     @property
     def k(self) -> int:
-        """The depth in use, trials and probes of others aside."""
+        """The depth in use, trials, probes and copies aside."""
         ...
 
-    def choose(self) -> int: ...
+    def begin(self) -> None:
+        """Another text begins, for the same pair on the same machine."""
+        ...
 
-    def observe(self, drafted: int, accepted: int, likely: bool, seconds: float) -> None:
-        """Learn of a round; `likely` says whether its first draft was the target's most probable token."""
+    def choose(self, copy: int = 0, most: int | None = None) -> Choice:
+        """What to draft next; asking changes nothing.
+
+        `copy` tokens could be copied from earlier text now, 0 where nothing matches. `most` is the largest number
+        of drafts allowed, copied or not; 0 where the drafter is not ready.
+        """
+        ...
+
+    def observe(self, outcome: Outcome) -> None:
+        """Learn of a round, whether it was as chosen or not."""
+        ...
+
+    def spare(self) -> bool:
+        """Whether a draft that was not chosen would stay within what trials may cost."""
         ...
 
     @property
@@ -47,140 +84,237 @@ class Depth(Protocol):
 
 @dataclass(frozen=True)
 class Fixed:
-    """Always the same number of drafts."""
+    """Always the same number of drafts; where a copy is on offer, that copy, of up to COPY_AT_MOST tokens."""
 
     k: int
     why: str = "set by the caller"
     alarm: None = None
 
-    def choose(self) -> int:
-        return self.k
+    def begin(self) -> None:
+        """Nothing to forget."""
 
-    def observe(self, drafted: int, accepted: int, likely: bool, seconds: float) -> None:
+    def choose(self, copy: int = 0, most: int | None = None) -> Choice:
+        wanted = min(copy, COPY_AT_MOST) or self.k
+        drafts = wanted if most is None else min(wanted, most)
+        return Choice(drafts, copied=copy > 0 < drafts)
+
+    def observe(self, outcome: Outcome) -> None:
         """Nothing to learn."""
+
+    def spare(self) -> bool:
+        return False
 
     def reason(self) -> str:
         return self.why
 
 
-@dataclass
-class Cost:
-    """Seconds per round at one depth: the first sample is dropped, then a slow average that outliers barely move."""
+class Trial(NamedTuple):
+    """A depth that is being tried."""
 
-    seen: int = 0
-    seconds: float = 0.0
-    latest: int = 0  # number of the round that was last measured
-
-    def add(self, seconds: float, number: int) -> None:
-        self.seen, self.latest = self.seen + 1, number
-        if self.seen <= 2:
-            self.seconds = seconds
-        elif self.seen <= SAMPLES:
-            self.seconds = min(self.seconds, seconds)
-        else:
-            bounded = min(max(seconds, 0.75 * self.seconds), 1.25 * self.seconds)
-            self.seconds += 0.2 * (bounded - self.seconds)
+    k: int
+    rounds: int = 0
 
 
 @dataclass
-class Measured:
-    """Tries depth 0 and a trial depth, then follows the best measured tokens per second."""
+class Adaptive:
+    """Follows the most expected tokens per time: chances as observed, times as `costs` has them."""
 
-    deepest: int = DEEPEST
+    deepest: int
+    costs: Costs
     k: int = 0
-    costs: dict[int, Cost] = field(default_factory=dict)
-    tried: list[float] = field(default_factory=list)  # decayed count of drafts judged at each position
-    right: list[float] = field(default_factory=list)  # of those, how many were accepted
-    plan: list[int] = field(default_factory=list)  # depths still to be tried, next one last
-    wait: int = PROBE_AFTER
-    since_probe: int = 0
-    number: int = 0  # rounds so far
+    drafts: DraftChances = field(default_factory=DraftChances)
+    copies: CopyChance = field(default_factory=CopyChance)
+    budget: Budget = field(default_factory=Budget)
+    trial: Trial | None = None
+    wait: int = PROBE_AFTER  # rounds from one probe to the next
+    since_probe: int = PROBE_AFTER  # so the first one comes as soon as plain decoding has been timed
+    since_drafts: int = 0
     alarm: None = None
 
-    def __post_init__(self) -> None:
-        self.plan = [self.trial] * SAMPLES + [0] * SAMPLES
+    def begin(self) -> None:
+        self.costs.begin()
+        self.drafts.remember(REMEMBERED)
+        self.copies.remember(REMEMBERED)
+        self.trial, self.wait = None, PROBE_AFTER
+        self.since_probe = 0 if self.k else PROBE_AFTER
 
-    @property
-    def trial(self) -> int:
-        """The depth that stands for drafting while drafting is off."""
-        return min(TRIAL, self.deepest)
+    def choose(self, copy: int = 0, most: int | None = None) -> Choice:
+        most = max(self.deepest, copy) if most is None else most
+        size = self._copy_size(min(copy, most))
+        return Choice(size, copied=True) if size else Choice(self._depth(most))
 
-    def choose(self) -> int:
-        return self.plan[-1] if self.plan else self.k
+    def _depth(self, most: int) -> int:
+        wanted = self.trial.k if self.trial else self.k
+        if wanted <= most:
+            return wanted
+        # A width that has never run would have to be compiled for the last few tokens of a text.
+        return max((k for k in range(most + 1) if self.costs.known(k)), key=self.rate, default=0)
 
-    def observe(self, drafted: int, accepted: int, likely: bool, seconds: float) -> None:
-        self.number += 1
-        self.costs.setdefault(drafted, Cost()).add(seconds, self.number)
-        self._count(drafted, accepted)
-        if self.plan:
-            self.plan.pop()
+    def _copy_size(self, most: int) -> int:
+        """How much of what could be copied is worth it; 0 where drafting or plain decoding promises more."""
+        sizes = [size for size in COPY_SIZES if size <= min(most, self.costs.reach())]
+        # The drafter's first trial goes first: it tells what rows cost here.
+        if not sizes or (self.deepest and not self.drafts.positions):
+            return 0
+        best = max(sizes, key=self.copy_rate)
+        drafting = max(self.par, self.rate(self.trial.k) if self.trial else 0.0)
+        if self.copies.tokens(best, prior=0.0) > drafting * self.costs.time(best, copied=True):
+            return max((size for size in sizes if size > best and self._worth_copying(size, best)), default=best)
+        return best if self.copy_rate(best) > drafting and self._affords(0.0) else 0
+
+    def _worth_copying(self, size: int, best: int) -> bool:
+        """Whether a longer copy, never timed, might be better and a failure is affordable: rows may come in tiles."""
+        known, time = self.costs.known(size, copied=True), self.costs.time(size, copied=True)
+        at_best = self.copies.tokens(size) / self.costs.at_best(size, copied=True)
+        affordable = self._affords(time - self.copies.tokens(size) / self.par)
+        return not known and at_best > self.copy_rate(best) and affordable
+
+    def observe(self, outcome: Outcome) -> None:
+        drafted, copied, accepted, _, seconds = outcome
+        self.costs.add(drafted, copied, seconds)
+        self._charge(outcome)
+        self.copies.pass_by()
+        if copied:
+            self.copies.observe(drafted, accepted)
         else:
-            self.since_probe += 1
-        if not self.plan:
+            self._learn(drafted, accepted)
+            self._proceed(drafted)
+
+    def _charge(self, outcome: Outcome) -> None:
+        """Book a round. What it took above its rows one by one was compilation: paid once, and no trial's loss."""
+        if not self.costs.known(0):
+            return
+        drafted, copied, accepted = outcome[:3]
+        time = min(self.costs.time(drafted, copied), (drafted + 1) * self.costs.time(0))
+        in_use = drafted == self.k and not copied
+        self.budget.add(time, 0.0 if in_use else time - (accepted + 1) / self.par)
+
+    def _learn(self, drafted: int, accepted: int) -> None:
+        self.since_probe += 1
+        self.since_drafts += 1
+        if drafted:
+            if self.since_drafts > PROBE_AFTER:
+                self.drafts.remember(REMEMBERED)
+            self.drafts.observe(drafted, accepted)
+            self.since_drafts = 0
+
+    def _proceed(self, drafted: int) -> None:
+        """Go on with a trial or end it; without one, see what to use and what to try."""
+        if self.trial and self.trial.k == drafted:
+            self.trial = self.trial._replace(rounds=self.trial.rounds + 1)
+            if self._ended(self.trial):
+                self.trial = None
+        if self.trial is None and self.costs.known(0):
             self._decide()
 
-    def _count(self, drafted: int, accepted: int) -> None:
-        """Only the positions that were reached say anything: all accepted ones and the first rejected."""
-        for j in range(min(accepted + 1, drafted)):
-            if j == len(self.tried):
-                self.tried.append(0.0)
-                self.right.append(0.0)
-            self.tried[j] = 0.98 * self.tried[j] + 1
-            self.right[j] = 0.98 * self.right[j] + (j < accepted)
+    def _ended(self, trial: Trial) -> bool:
+        if not self._affords(0.0):
+            return True
+        if trial.rounds < ENOUGH:
+            return False
+        steps = self.costs.time(trial.k) / self.costs.time(0)
+        # Not even drafts that are all right would make it worth its time, and that time is no hiccup.
+        hopeless = trial.k + 1 < self.par * self.costs.time(trial.k) and steps < 1.25 * (trial.k + 1)
+        return hopeless or self._better(trial.k) or trial.rounds >= TRIAL
+
+    def _better(self, k: int) -> bool:
+        """Whether a depth promises enough to change to it; to plain decoding, anything does."""
+        return k != self.k and self.rate(k) > (GAIN if k else 1.0) * self.rate(self.k)
 
     def _decide(self) -> None:
-        best = max(range(self.deepest + 1), key=self.tokens_per_second)
-        if best != self.k and self.tokens_per_second(best) > GAIN * self.tokens_per_second(self.k):
-            self.k, self.since_probe, self.wait = best, 0, PROBE_AFTER
-        if self.since_probe >= self.wait:
-            # Two rounds, as the first after a change of depth may pay for buffers of another shape.
-            self.plan = [0, 0] if self.k else [self.trial] * 2
-            self.since_probe, self.wait = 0, min(2 * self.wait, PROBE_AT_MOST)
+        best = max(range(min(self.deepest, self.costs.reach()) + 1), key=self.rate)
+        if self._better(best):
+            if self.costs.known(best):
+                self.k, self.since_probe, self.wait = best, 0, PROBE_AFTER
+            elif self._affords(self._loss(best)):
+                self.trial = Trial(best)
+        elif self.since_probe >= self.wait:
+            self._probe(*((self.k + 1, self.k - 1, 0) if self.k else (1,)))
+        elif self.k == 0 and self.since_drafts == 0 and not self.costs.known(FAR):
+            self._probe(FAR)  # a curve may be a stair, dear at depth 1 and no dearer beyond
 
-    def tokens_per_round(self, k: int) -> float:
-        """Expected tokens of a round with k drafts.
+    def _probe(self, *depths: int) -> None:
+        """Try what has not been timed for longest, if it might be better and a failure is affordable."""
+        for k in sorted(depths, key=self.costs.age, reverse=True):
+            if k <= self.deepest and self._conceivable(k) and self._affords(ENOUGH * self._loss(k)):
+                dear = int(ENOUGH * self._loss(k) / (PROBE_SHARE * self.costs.time(0)))
+                self.trial, self.since_probe = Trial(k), 0
+                self.wait = max(PROBE_AFTER, min(2 * self.wait, PROBE_AT_MOST, dear))
+                return
 
-        A position is taken to be like the one before it until enough drafts have reached it: a few unlucky ones
-        at the far end would otherwise keep that depth from ever being tried again.
-        """
-        total, reached, chance, prior = 1.0, 1.0, 0.5, 1.0
-        for j in range(k):
-            tried, right = (self.tried[j], self.right[j]) if j < len(self.tried) else (0.0, 0.0)
-            chance = (right + prior * chance) / (tried + prior)
-            prior = PRIOR
-            reached *= chance
-            total += reached
-        return total
+    def _conceivable(self, k: int) -> bool:
+        """Whether a depth might be better: at the lowest time it may have, and with first drafts right once more."""
+        tokens = 2.0 if self.k == 0 and k == 1 else self.drafts.tokens(k)
+        return tokens > GAIN * self.par * self.costs.at_best(k)
 
-    def seconds(self, k: int) -> float:
-        """Cost of a round with k drafts, on the line through the nearest depths measured where k itself was not."""
-        known = sorted(depth for depth, cost in self.costs.items() if cost.seen > 1 and self._trusted(depth, cost))
-        if k in known:
-            return self.costs[k].seconds
-        if len(known) < 2:
-            return math.inf
-        low = max((depth for depth in known[:-1] if depth < k), default=known[0])
-        high = min(depth for depth in known if depth > low)
-        slope = (self.costs[high].seconds - self.costs[low].seconds) / (high - low)
-        return self.costs[low].seconds + slope * (k - low)
+    def _loss(self, k: int) -> float:
+        """What a round at another depth is expected to lose; no more than its rows one by one cost."""
+        time = min(self.costs.time(k), (k + 1) * self.costs.time(0))
+        return max(0.0, time - self.drafts.tokens(k) / self.par)
 
-    def _trusted(self, depth: int, cost: Cost) -> bool:
-        """A figure that nothing will ever renew is forgotten: one hiccup must not rule a depth out for good."""
-        renewed = depth in (0, self.k, self.trial)
-        return renewed or self.number - cost.latest <= FORGET_AFTER
+    def _affords(self, loss: float) -> bool:
+        return self.budget.affords(loss, self.costs.time(0))
 
-    def tokens_per_second(self, k: int) -> float:
-        return self.tokens_per_round(k) / max(self.seconds(k), 1e-9)
+    def spare(self) -> bool:
+        return self.trial is None and self.costs.known(1) and self._affords(self._loss(1))
+
+    @property
+    def par(self) -> float:
+        """What every trial is held against: the rate of the depth in use, and no less than that of plain decoding."""
+        return max(self.rate(self.k), self.rate(0))
+
+    def rate(self, k: int) -> float:
+        """Expected tokens per unit of time with k drafts."""
+        return self.drafts.tokens(k) / self.costs.time(k)
+
+    def copy_rate(self, size: int) -> float:
+        """The same with so many copied tokens."""
+        return self.copies.tokens(size) / self.costs.time(size, copied=True)
+
+
+class Measured(Adaptive):
+    """Follows the most tokens per second, as measured on this machine."""
+
+    def __init__(self, deepest: int = DEEPEST):
+        super().__init__(deepest, Timings())
 
     def reason(self) -> str:
-        trial = self.k or self.trial
-        steps = self.seconds(trial) / self.seconds(0)
-        if not math.isfinite(steps):
+        if not self.deepest:
+            return "no drafter"
+        known, first = [k for k in range(1, self.deepest + 1) if self.costs.known(k)], self.drafts.first()
+        k = self.k or max(known, key=self.rate, default=0)
+        if k not in known or first is None:
             return "still comparing depths: too few rounds so far"
-        return (
-            f"a round with {trial} drafts costs {steps:.1f} plain steps here "
-            f"and brings {self.tokens_per_round(trial):.1f} tokens"
-        )
+        steps = self.costs.time(k) / self.costs.time(0)
+        if self.k:
+            return f"a round costs {steps:.1f} plain steps here and brings {self.drafts.tokens(k):.1f} tokens"
+        drafts = "1 draft" if k == 1 else f"{k} drafts"
+        share = f"{100 * first:.0f} % of first drafts are accepted"
+        return f"a round with {drafts} costs {steps:.1f} plain steps here and {share}"
+
+
+class Scheduled(Adaptive):
+    """The same without a clock: what is drafted follows from the text alone, so that a run can be repeated.
+
+    `row_cost` and `draft_cost` are what one more row of a block and one draft are taken to cost, in plain steps.
+    Where they cost more, this policy can be slower than plain decoding; only `Measured` would notice.
+    """
+
+    def __init__(self, deepest: int = DEEPEST, row_cost: float = ROW_COST, draft_cost: float = DRAFT_COST):
+        super().__init__(deepest, CostClass(row_cost, draft_cost))
+
+    def begin(self) -> None:
+        """Forget everything: nothing of an earlier text may have a say in this one."""
+        super().begin()
+        self.k, self.drafts, self.copies, self.budget = 0, DraftChances(), CopyChance(), Budget()
+        self.since_probe, self.since_drafts = PROBE_AFTER, 0
+
+    def reason(self) -> str:
+        first = self.drafts.first()
+        if first is None:
+            return "no drafts so far"
+        steps = self.costs.time(1) - self.costs.time(0)
+        return f"{100 * first:.0f} % of first drafts are accepted, and each is taken to cost {steps:.2f} plain steps"
 
 
 @dataclass
@@ -189,13 +323,13 @@ class Checked:
 
     A hit is a first draft that is the target's most probable token, so a high temperature does not look like a fault.
     Nothing else tells of a head read in the wrong convention or made for another checkpoint: the text stays right.
-    A policy that stops drafting early is overruled, one draft at a time and unbeknown to it, until it is made.
+    Rounds are counted over all texts. A policy that has stopped drafting is overruled, one draft at a time, while its
+    budget for trials has room: where drafts are dear the judgement comes late, but no text pays for it.
     """
 
     policy: Depth
-    rounds: int = 0  # with drafts
+    rounds: int = 0  # with drafts of the drafter's own
     hits: int = 0  # of those, how many began with the target's most probable token
-    overruled: bool = False  # whether the next round drafts against the policy's choice
 
     @property
     def k(self) -> int:
@@ -211,27 +345,37 @@ class Checked:
             "be stored in another convention than its file's format shows, or its positions may be off"
         )
 
-    def choose(self) -> int:
-        if self.alarm:
-            return 0
-        k = self.policy.choose()
-        self.overruled = k == 0 and 0 < self.rounds < CHECK_ROUNDS and self.hits < CHECK_HITS
-        return 1 if self.overruled else k
+    def begin(self) -> None:
+        self.policy.begin()
 
-    def observe(self, drafted: int, accepted: int, likely: bool, seconds: float) -> None:
-        if drafted and self.rounds < CHECK_ROUNDS:
-            self.rounds, self.hits = self.rounds + 1, self.hits + likely
-        if not self.overruled:
-            self.policy.observe(drafted, accepted, likely, seconds)
+    def choose(self, copy: int = 0, most: int | None = None) -> Choice:
+        choice = self.policy.choose(copy, most)
+        if self.alarm:
+            return choice if choice.copied else Choice(0)
+        suspect = 0 < self.rounds < CHECK_ROUNDS and self.hits < CHECK_HITS
+        overruled = suspect and not choice.drafts and most != 0 and self.policy.spare()
+        return Choice(1) if overruled else choice
+
+    def observe(self, outcome: Outcome) -> None:
+        if outcome.drafted and not outcome.copied and self.rounds < CHECK_ROUNDS:
+            self.rounds, self.hits = self.rounds + 1, self.hits + outcome.likely
+        self.policy.observe(outcome)
+
+    def spare(self) -> bool:
+        return not self.alarm and self.policy.spare()
 
     def reason(self) -> str:
         return self.alarm or self.policy.reason()
 
 
-def choose_depth(depth: int | str, limit: int) -> Depth:
-    """The policy a user means by a number or "auto". Raises RequestError for anything else."""
+def choose_depth(depth: int | str, limit: int, reproducible: bool = False) -> Depth:
+    """The policy a user means by a number or "auto", for a drafter of at most `limit` drafts; 0 if there is none.
+
+    A `reproducible` "auto" reads no clock; make a new one for each text. Raises RequestError for anything else.
+    """
     if depth == "auto":
-        return Checked(Measured(min(DEEPEST, limit))) if limit else Fixed(0, "no drafter")
+        deepest = min(DEEPEST, limit)
+        return Checked(Scheduled(deepest) if reproducible else Measured(deepest))
     if not isinstance(depth, int) or isinstance(depth, bool):
         raise RequestError(f'depth {depth!r} is neither "auto" nor a number of drafts')
     if depth < 0:

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Literal, cast
@@ -12,17 +12,21 @@ from mlx_lm.generate import GenerationResponse
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import maybe_set_recommended_wired_limit
 
-from mtp_mlx.depth import choose_depth
+from mtp_mlx.choosing import Callables, Drafts, Rules
+from mtp_mlx.copying import Copies
+from mtp_mlx.depth import Depth, choose_depth
 from mtp_mlx.errors import RequestError
 from mtp_mlx.ngram import NoDrafter
+from mtp_mlx.penalties import Penalties
+from mtp_mlx.programs import compiles
 from mtp_mlx.rounds import Round, Sequence, rounds
-from mtp_mlx.sampling import Greedy, Sampler
+from mtp_mlx.sampling import Greedy, Sample, Sampler, check_seed
 from mtp_mlx.stats import Memory, Stats
 from mtp_mlx.types import Pair
 
 _log = logging.getLogger(__name__)
 
-Origin = Literal["plain", "accepted", "correction", "bonus"]
+Origin = Literal["plain", "accepted", "copied", "correction", "bonus"]
 Prompt = str | list[int] | mx.array
 
 DEFAULT_MAX_TOKENS = 256
@@ -33,7 +37,7 @@ DEFAULT_PREFILL_STEP = 2048
 class Response(GenerationResponse):
     """mlx-lm's response, and where the token comes from.
 
-    `origin` is "accepted" for a draft that was kept, "correction" for the target's token in place of a wrong
+    `origin` is "accepted" for a draft that was kept, "copied" for one that came from earlier text, "correction" for the target's token in place of a wrong
     draft, "bonus" for its token after a draft that was right throughout, "plain" where nothing was drafted.
     """
 
@@ -48,15 +52,30 @@ def stream_generate(
     max_tokens: int = DEFAULT_MAX_TOKENS,
     *,
     depth: int | str = "auto",
-    sampler: Sampler | None = None,
+    sampler: Sampler | Callable[[mx.array], mx.array] | None = None,
+    penalties: Penalties | None = None,
+    logits_processors: Iterable[Callable[[mx.array, mx.array], mx.array]] | None = None,
+    seed: int | None = None,
+    drafts: Drafts = "coupled",
+    lookup: bool = True,
+    prediction: Prompt | None = None,
     prefill_step_size: int = DEFAULT_PREFILL_STEP,
     prompt_progress_callback: Callable[[int, int], None] | None = None,
 ) -> Iterator[Response]:
     """Generate text, one response per token.
 
     `prompt` is text or token ids. `max_tokens` -1 means up to the model's context. `depth` is the number of
-    tokens to draft per round, 0 for plain decoding, "auto" for what measures fastest. The text is the same
-    at every depth. `sampler` is `Greedy()` (the default) or a `Sample(...)` of `mtp_mlx.sampling`.
+    tokens to draft per round, 0 for plain decoding, "auto" for what measures fastest.
+
+    `sampler` is `Greedy()` (the default), a `Sample(...)`, or any sampler of mlx-lm's kind; `penalties` are computed
+    with the round, `logits_processors` are callables of mlx-lm's kind and see each row with its own text before it.
+    With a `seed` the text is the same at every depth and on every run, and "auto" chooses depths without a clock;
+    without one the seed is drawn from MLX's random state. `drafts` says how drafts are drawn at a temperature: see
+    `mtp_mlx.Rules`; only with a `Sample` there does the text depend on what was drafted, its distribution never.
+
+    With `lookup` and depth "auto", what follows an earlier occurrence of the text's latest tokens is tried in place of
+    the drafter's proposals where that pays; `prediction` is text that the output is expected to resemble, tried in the
+    same way at every depth but 0.
 
     Raises RequestError for an empty prompt, one that does not fit the model's context, or a bad option.
     """
@@ -66,18 +85,23 @@ def stream_generate(
     budget = check_lengths(len(ids), max_tokens, pair.target.context)
     if prefill_step_size < 1:
         raise RequestError(f"prefill step size {prefill_step_size} must be at least 1")
-    policy = choose_depth(depth, pair.drafter.limit)
+    if seed is not None:
+        check_seed(seed)
+    chooser = choose_rules(pair, sampler, penalties, logits_processors, drafts)
+    policy = _policy(pair, depth, reproducible=seed is not None)
+    predicted = [] if prediction is None else encode(tokenizer, prediction, special=False)
+    copies = Copies(ids, predicted) if depth != 0 and (predicted or (lookup and depth == "auto")) else None
     # At depth 0 nobody has to keep a drafter up to date.
-    running = pair if depth != 0 else Pair(pair.target, NoDrafter())
+    running = pair if depth != 0 else replace(pair, drafter=NoDrafter())
     progress = prompt_progress_callback or _ignore
     with _wired():
         mx.reset_peak_memory()
-        sequence = Sequence(running, sampler or Greedy())
+        sequence = Sequence(running, chooser, draw_seed() if seed is None else seed)
         sequence.prefill(ids, prefill_step_size, progress)
         memory = Memory(target=pair.target.nbytes, drafter=pair.drafter.nbytes)
-        stats = Stats(len(ids), memory=memory)
+        stats = Stats(len(ids), memory=memory, compiled=compiles())
         emitter = _Emitter(tokenizer, budget)
-        for whole in rounds(sequence, policy, budget):
+        for whole in rounds(sequence, policy, budget, copies):
             if not stats.rounds:
                 stats = replace(stats, ttft_seconds=time.perf_counter() - began)
                 progress(len(ids), len(ids))
@@ -90,6 +114,52 @@ def stream_generate(
             yield from emitter.responses(result, stats)
             if emitter.finished:
                 return
+
+
+def _policy(pair: Pair, depth: int | str, reproducible: bool) -> Depth:
+    """The policy of a text. What a clock has measured of a pair serves its next texts too."""
+    if depth != "auto" or reproducible:
+        return choose_depth(depth, pair.drafter.limit, reproducible)
+    policy: Depth = pair.measured.setdefault("auto", choose_depth("auto", pair.drafter.limit))
+    policy.begin()
+    return policy
+
+
+def choose_rules(
+    pair: Pair,
+    sampler: Sampler | Callable[[mx.array], mx.array] | None,
+    penalties: Penalties | None,
+    logits_processors: Iterable[Callable[[mx.array, mx.array], mx.array]] | None,
+    drafts: Drafts,
+) -> Rules | Callables:
+    """How tokens are chosen, by what a caller gave. Raises RequestError for what does not go together."""
+    processors = tuple(logits_processors or ())
+    chosen = penalties or Penalties()
+    chosen.check(pair.target.vocabulary)
+    if drafts not in ("coupled", "argmax") and not isinstance(drafts, Sample):
+        raise RequestError(f'drafts {drafts!r} is neither "coupled" nor "argmax" nor a Sample')
+    if sampler is None or isinstance(sampler, Greedy | Sample):
+        rules = Rules(sampler or Greedy(), chosen, drafts)
+        return Callables(rules.sampler, (*_as_processors(chosen), *processors)) if processors else rules
+    return Callables(sampler, (*_as_processors(chosen), *processors))
+
+
+def _as_processors(penalties: Penalties) -> list[Callable[[mx.array, mx.array], mx.array]]:
+    """Penalties for a chooser that is asked row by row."""
+    if not penalties:
+        return []
+
+    def process(tokens: mx.array, logits: mx.array) -> mx.array:
+        recent = tokens[-penalties.reach :] if penalties.reach else tokens[:0]
+        missing = mx.full((penalties.reach - recent.size,), -1, mx.int32)
+        return penalties(logits[None], mx.concatenate([missing, recent])[None, None])[0]
+
+    return [process]
+
+
+def draw_seed() -> int:
+    """A seed from MLX's random state, so that mx.random.seed makes a run without a seed of its own repeatable."""
+    return cast(int, mx.random.randint(0, 2**31 - 1).item())
 
 
 class _Emitter:
@@ -136,7 +206,7 @@ class _Emitter:
 
 def _origin(result: Round, i: int) -> Origin:
     if i < result.accepted:
-        return "accepted"
+        return "copied" if result.copied else "accepted"
     if not result.drafted:
         return "plain"
     return "bonus" if result.accepted == result.drafted else "correction"
@@ -154,8 +224,8 @@ def generate(pair: Pair, tokenizer: TokenizerWrapper, prompt: Prompt, verbose: b
     return text
 
 
-def encode(tokenizer: TokenizerWrapper, prompt: Prompt) -> list[int]:
-    """Token ids of a prompt. Special tokens are added unless the text begins with BOS, as in mlx-lm."""
+def encode(tokenizer: TokenizerWrapper, prompt: Prompt, special: bool = True) -> list[int]:
+    """Token ids of a prompt. Special tokens are added unless the text begins with BOS, as in mlx-lm, or not at all."""
     if isinstance(prompt, mx.array):
         if prompt.ndim != 1:
             raise RequestError(f"the prompt is an array of shape {prompt.shape}; give one row of token ids")
@@ -163,7 +233,7 @@ def encode(tokenizer: TokenizerWrapper, prompt: Prompt) -> list[int]:
     if isinstance(prompt, str):
         check_text(prompt)
         bare = tokenizer.bos_token is None or not prompt.startswith(tokenizer.bos_token)
-        ids: list[int] = tokenizer.encode(prompt, add_special_tokens=bare) if prompt else []
+        ids: list[int] = tokenizer.encode(prompt, add_special_tokens=special and bare) if prompt else []
         return ids
     return prompt
 

@@ -1,27 +1,31 @@
-"""Drafters without weights. So far only the one that never drafts: plain decoding in the same loop."""
+"""A drafter without weights: the one that never drafts."""
 
 from dataclasses import dataclass
 
 import mlx.core as mx
 
 from mtp_mlx.cache import Cache
-from mtp_mlx.types import Draft, Output, Span
+from mtp_mlx.types import Pick, Span, State
 
 
 @dataclass(frozen=True)
 class NoDrafter:
-    """For a target without a known drafter."""
+    """For a target without a known drafter: plain decoding, and copies of earlier text, in the same loop."""
 
     limit: int = 0
     reads_prompt: bool = False
     nbytes: int = 0
 
-    def start(self, cache: Cache) -> None:
-        return None
+    def reads(self, cache: Cache) -> int:
+        return 0
 
-    def advance(self, state: None, tokens: mx.array, span: Span, output: Output, count: mx.array) -> None:
-        return None
+    def start(self, cache: Cache) -> State:
+        return ()
 
-    def draft(self, state: None, last: mx.array, k: int) -> Draft:
+    def advance(
+        self, state: State, cache: Cache, tokens: mx.array, span: Span, hidden: mx.array, count: mx.array
+    ) -> State:
+        return ()
+
+    def draft(self, state: State, cache: Cache, last: mx.array, k: int, pick: Pick) -> None:
         assert k == 0, f"asked for {k} drafts, there is no drafter"
-        return Draft(mx.zeros((last.shape[0], 0), mx.int32))

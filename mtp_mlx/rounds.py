@@ -3,32 +3,28 @@
 Plain decoding is the same loop with nothing drafted. A round is built lazily and read once by the host.
 """
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 
-from mtp_mlx.accept import accept, normalise
-from mtp_mlx.depth import Depth
+from mtp_mlx import steps
+from mtp_mlx.cache import MAX_BLOCK
+from mtp_mlx.choosing import Callables, Choice, Context, Rules, read
+from mtp_mlx.clock import Clock, Times
+from mtp_mlx.copying import Copies
+from mtp_mlx.depth import Depth, Outcome
 from mtp_mlx.errors import MTPError
-from mtp_mlx.sampling import Sampler
-from mtp_mlx.types import Output, Pair, Span
+from mtp_mlx.programs import Step
+from mtp_mlx.types import Draft, Drafter, Pair, Span, Target
 
 Progress = Callable[[int, int], None]  # prompt tokens read so far, all prompt tokens
 
-WARM_UP = 2  # rounds whose phases are not timed: kernels are still being built
+# A write copies a buffer that something in flight still reads. So the target's writes wait for a draft that reads
+# its buffers, unless those are so small, in bytes, that copying them takes less time than waiting.
+COPIED = 2**24
+WARM_UP = 2  # rounds whose phases are not timed: they are still being traced
 SPLIT_EVERY = 8  # of the others, one in so many waits between draft and verify to time them apart
-
-
-class Times(NamedTuple):
-    """Seconds of one round. The phases are known only where the round was split to measure them."""
-
-    total: float
-    host: float  # building the graph and looking at the result
-    commit: float | None  # what keeping a part of the block before costs caches and drafter
-    draft: float | None
-    verify: float | None
 
 
 class Round(NamedTuple):
@@ -36,9 +32,10 @@ class Round(NamedTuple):
 
     tokens: list[int]  # the accepted drafts, then one token of the target's own
     drafted: int
+    copied: bool  # the drafts were a copy of earlier text
     accepted: int
     likely: bool  # whether the first draft was the target's most probable token, whatever was drawn
-    logprobs: mx.array  # (drafted + 1, V)
+    logprobs: mx.array  # (len(tokens) or more, V)
     times: Times
 
     def first(self, n: int) -> "Round":
@@ -50,27 +47,32 @@ class _Block(NamedTuple):
     """Rows that the target has read and nobody has committed yet."""
 
     tokens: mx.array  # (B, L)
-    span: Span
-    output: Output
+    hidden: mx.array  # (B, L, D)
+    start: int | None  # where it stands, if it is a part of a prompt
     kept: int  # how many of the rows are to be committed
 
 
 class Sequence:
-    """One sequence being decoded: the target's cache, the drafter's state, and the newest token.
+    """One sequence being decoded: the target's cache, the drafter's state, and the text so far.
 
-    The newest token, `last`, is the only one that no block has read yet. The rows of the newest block are
-    committed when the next one is begun; until then `keep` can still cut it shorter.
+    The newest token is the only one that no block has read yet. The rows of the newest block are committed when the
+    next one is begun; until then `keep` can still cut it shorter.
     """
 
-    def __init__(self, pair: Pair, sampler: Sampler):
+    def __init__(self, pair: Pair, chooser: Rules | Callables, seed: int = 0):
         self.pair = pair
-        self.sampler = sampler
+        self.chooser = chooser
+        self.seed = mx.array([seed], mx.uint32)
         self.cache = pair.target.make_cache()
         self.state = pair.drafter.start(self.cache)
-        self.last: mx.array | None = None  # (B,)
-        self.length = 0  # tokens before `last`
-        self.ready = False  # whether the drafter has been told of the token before `last`
+        self.text: list[int] = []
+        self.ready = False  # whether the drafter has been told of the token before the newest one
         self._block: _Block | None = None
+
+    @property
+    def length(self) -> int:
+        """Tokens before the newest one, all of them read."""
+        return len(self.text) - 1
 
     def prefill(self, prompt: list[int], step: int, progress: Progress) -> None:
         """Read a prompt, or what follows in a conversation, up to its last token, which the first round will read.
@@ -78,102 +80,120 @@ class Sequence:
         `step` tokens are read at a time.
         """
         self._commit()
-        tokens = mx.array(prompt, mx.int32)[None]  # (1, P)
-        if self.last is not None:
-            tokens = mx.concatenate([self.last[:, None], tokens], axis=1)
-        known = tokens.shape[1] - 1
-        self.cache.reserve(self.length + known + 1)
+        unread = self.text[-1:] + prompt
+        self.text = self.text or prompt[:1]
+        self.cache.reserve(self.length + len(unread))
         progress(0, len(prompt))
-        for start in range(0, known, step):
-            chunk = tokens[:, start : min(start + step, known)]
-            span = Span(self.length, chunk.shape[1])
-            output = self.pair.target(chunk, self.cache, span)
+        for begin in range(0, len(unread) - 1, step):
+            chunk = unread[begin : min(begin + step, len(unread) - 1)]
+            tokens = mx.array(chunk, mx.int32)[None]  # (1, L)
+            output = self.pair.target(tokens, self.cache, Span(self.length, len(chunk)))
             self.ready = self.pair.drafter.reads_prompt
-            self._block = _Block(chunk, span, output, span.length)
-            self.length += span.length
-            self.last = tokens[:, start + span.length]  # so that reading can be broken off and gone on with
+            self._block = _Block(tokens, output.hidden, self.length, len(chunk))
+            self.text = self.text + unread[begin + 1 : begin + 1 + len(chunk)]  # so that reading can be broken off
             self._commit()
             mx.eval(self.cache.arrays(), self.state)
             mx.clear_cache()
-            progress(start + span.length, len(prompt))
-        self.last = tokens[:, -1]
+            progress(begin + len(chunk), len(prompt))
 
-    def round(self, k: int, split: bool = False) -> Round:
-        """Draft k tokens and verify them. `split` waits in between, so that the phases can be timed."""
-        assert self.last is not None, "a prompt comes first"
-        began = time.perf_counter()
-        target, drafter, cache = self.pair.target, self.pair.drafter, self.cache
+    def round(self, drafts: int | list[int], split: bool = False) -> Round:
+        """Let the drafter propose so many tokens, or propose these, and verify them.
+
+        `split` waits in between, so that the phases can be timed.
+        """
+        assert self.text, "a prompt comes first"
+        clock = Clock(split)
         self._commit()
-        committing = _seconds_to_evaluate(cache.arrays(), self.state) if split else 0.0
+        clock.wait(self.cache.arrays(), self.state)
 
-        cache.reserve(self.length + k + 1)
-        draft = drafter.draft(self.state, self.last, k)  # (B, k)
-        drafting = _seconds_to_evaluate(draft) if split else 0.0
+        draft = self._draft(drafts)  # (B, k)
+        clock.wait(draft, needed=self.pair.drafter.reads(self.cache) > COPIED and draft.tokens.size > 0)
 
-        block = mx.concatenate([self.last[:, None], draft.tokens], axis=1)  # (B, k+1)
-        span = cache.span(k + 1)
-        output = target(block, cache, span)
-        logprobs = normalise(output.logits)  # (B, k+1, V)
-        kept = accept(draft, logprobs, span.positions() + 1, self.sampler)
+        block = mx.concatenate([mx.array([self.text[-1:]], mx.int32), draft.tokens], axis=1)  # (B, k+1)
+        hidden, choice = self._verify(block, draft, clock)
 
-        # Rows after the first wrong draft continue a text that nobody wrote; their logits may be as they like.
-        finite = mx.isfinite(mx.take_along_axis(logprobs, kept.tokens[..., None], axis=-1))[..., 0]
-        healthy = (finite | (mx.arange(k + 1) > kept.count[:, None])).all()
-        likely = (mx.argmax(logprobs[:, :1], axis=-1) == draft.tokens[:, :1]).any()
-        flags = mx.stack([healthy, likely]).astype(mx.int32)
-        report = mx.concatenate([kept.count, flags, kept.tokens[0]])
-        verifying = _seconds_to_evaluate(report, logprobs, output.hidden, cache.arrays(), self.state)
-
-        count, sound, hit, *tokens = cast(list[int], report.tolist())  # the one read
-        if not sound:
+        if not choice.sound:
             raise MTPError(
                 f"the model's logits after {self.length} tokens are not finite; the checkpoint or its "
                 "quantisation is damaged"
             )
-        self._block = _Block(block, span, output, count + 1)
-        self.length += count + 1
-        self.last, self.ready = kept.tokens[:, count], True
-        total = time.perf_counter() - began
-        phases = (committing, drafting, verifying)
-        times = Times(total, total - sum(phases), *(phases if split else (None,) * 3))
-        return Round(tokens[: count + 1], k, count, bool(hit), logprobs[0], times)
+        kept, k = len(choice.tokens), draft.tokens.shape[1]
+        self._block = _Block(block, hidden, None, kept)
+        self.text += choice.tokens
+        self.ready = True
+        copied = not isinstance(drafts, int)
+        return Round(choice.tokens, k, copied, kept - 1, choice.likely, choice.logprobs, clock.times())
 
     def keep(self, n: int) -> None:
         """Let the newest round have ended with its n-th token; those after it have never been written."""
         assert self._block is not None and 0 < n <= self._block.kept, f"the newest round has no token {n}"
-        tokens, _, _, kept = self._block
-        if n < kept:
-            self.length -= kept - n
-            self.last = tokens[:, n]  # an accepted draft is what the target chose
-            self._block = self._block._replace(kept=n)
+        del self.text[len(self.text) - (self._block.kept - n) :]
+        self._block = self._block._replace(kept=n)
+
+    def _draft(self, drafts: int | list[int]) -> Draft:
+        if not isinstance(drafts, int):
+            self.cache.reserve(self.length + len(drafts) + 1)
+            return Draft(mx.array([drafts], mx.int32))
+        self.cache.reserve(self.length + drafts + 1)
+        if drafts == 0:
+            return Draft(mx.zeros((1, 0), mx.int32))
+        assert self.ready, "a drafter that has not been told of the text has nothing to draft from"
+        last = mx.array(self.text[-1:], mx.int32)
+        fixed = (drafts, self.chooser.rules, self.pair.target.vocabulary)
+        return Draft(*self._run(steps.propose, self.pair.drafter, fixed, self.state, last, self._context()))
+
+    def _verify(self, block: mx.array, draft: Draft, clock: Clock) -> tuple[mx.array, Choice]:
+        """The hidden of every row, (B, k+1, D), and the target's choice; this is where the host waits and reads."""
+        if isinstance(self.chooser, Callables):
+            logits, hidden = self._run(steps.forward, self.pair.target, None, block)
+            clock.evaluate(logits, hidden, draft.tokens, self.cache.arrays(), self.state)
+            drafted = cast(list[int], draft.tokens[0].tolist())
+            return hidden, self.chooser.choose(self.seed, self.text, drafted, logits[0])
+        laws = [] if draft.logprobs is None else [draft.logprobs]
+        report, logprobs, hidden = self._run(steps.judge, self.pair.target, self.chooser, block, laws, self._context())
+        clock.evaluate(report, logprobs, hidden, self.cache.arrays(), self.state)
+        return hidden, read(report, logprobs)
 
     def _commit(self) -> None:
         """Keep what is right of the newest block, in the target's cache and in the drafter's state."""
         if self._block is None:
             return
-        tokens, span, output, kept = self._block
-        # The drafter first: should it fail, the block is still there and nothing has been counted.
-        if self.ready:
-            self.state = self.pair.drafter.advance(self.state, tokens, span, output, mx.array([kept - 1]))
-        self._block = None
-        self.cache.commit(kept)
+        tokens, hidden, start, kept = self._block
+        fixed = (kept == tokens.shape[1], self.ready, start)
+        arrays = (self.state, tokens, hidden, mx.array([kept], mx.int32))
+        if start is None:
+            state = self._run(steps.keep, self.pair.drafter, fixed, *arrays)
+        else:  # a prompt is read once, nothing of it would ever be replayed
+            state = steps.keep(self.pair.drafter, self.cache, fixed, *arrays)
+        self.state, self._block = tuple(state), None
+
+    def _run(self, step: Step, model: Target | Drafter, fixed: Hashable, *arrays: Any) -> Any:
+        return self.pair.programs.run(step, model, self.cache, fixed, *arrays)
+
+    def _context(self) -> Context:
+        reach = self.chooser.rules.reach
+        recent = self.text[:-1][-reach:] if reach else []
+        return Context(self.seed, mx.array([[-1] * (reach - len(recent)) + recent], mx.int32))
 
 
-def _seconds_to_evaluate(*arrays: Any) -> float:
-    began = time.perf_counter()
-    mx.eval(arrays)
-    return time.perf_counter() - began
+def rounds(sequence: Sequence, depth: Depth, budget: int, copies: Copies | None = None) -> Iterator[Round]:
+    """Rounds until `budget` tokens have been emitted. The caller stops earlier by not asking again.
 
-
-def rounds(sequence: Sequence, depth: Depth, budget: int) -> Iterator[Round]:
-    """Rounds until `budget` tokens have been emitted. The caller stops earlier by not asking again."""
+    `copies` offers earlier text to be tried in place of the drafter's proposals.
+    """
     number = 0
     while budget > 0:
         # Before its first round, a drafter that has not read the prompt has no hidden state to draft from.
-        most = min(budget - 1, sequence.pair.drafter.limit) if sequence.ready else 0
+        most = budget - 1 if sequence.ready or not sequence.pair.drafter.limit else 0
+        copy = copies.propose(min(budget - 1, MAX_BLOCK - 1)) if copies else []
+        choice = depth.choose(len(copy), most)
         timed = number >= WARM_UP and (number - WARM_UP) % SPLIT_EVERY == 0
-        result = sequence.round(min(depth.choose(), most), timed)
-        depth.observe(result.drafted, result.accepted, result.likely, result.times.total)
+        result = sequence.round(copy[: choice.drafts] if choice.copied else choice.drafts, timed)
+        depth.observe(Outcome(result.drafted, result.copied, result.accepted, result.likely, result.times.total))
+        if copies:
+            copies.extend(result.tokens)
+            if result.copied:
+                copies.observe(result.drafted, result.accepted)
         budget -= len(result.tokens)
         number += 1
         yield result

@@ -45,7 +45,9 @@ class Stats:
     rounds: int = 0
     drafted: int = 0
     accepted: int = 0
-    reached_per_position: tuple[int, ...] = ()  # drafts made at each position
+    copied: int = 0  # of the drafts, those that were copies of earlier or predicted text
+    copied_accepted: int = 0
+    reached_per_position: tuple[int, ...] = ()  # drafts of the drafter's own made at each position
     accepted_at_position: tuple[int, ...] = ()  # of those, how many were kept
     commit: Phase = field(default_factory=Phase)
     draft: Phase = field(default_factory=Phase)
@@ -55,15 +57,18 @@ class Stats:
     depth_reason: str = ""
     alarm: str | None = None  # why drafting was given up for good, if it was
     memory: Memory = field(default_factory=Memory)
+    compiled: bool = True  # whether rounds are traced and replayed, or built anew each time for want of a compiler
 
     def after(self, result: Round, depth: Depth, cache_bytes: int, peak_bytes: int) -> "Stats":
         """The figures with one more round in them."""
         drafted, accepted = result.drafted, result.accepted
-        positions = range(max(drafted, len(self.reached_per_position)))
+        copied, copied_accepted = (drafted, accepted) if result.copied else (0, 0)
+        own, own_accepted = drafted - copied, accepted - copied_accepted
+        positions = range(max(own, len(self.reached_per_position)))
         # Phases are those of rounds at the depth in use: a mean over several depths would describe none.
         same = depth.k == self.depth
         commit, draft, verify, host = (self.commit, self.draft, self.verify, self.host) if same else (Phase(),) * 4
-        times = result.times if drafted == depth.k else None
+        times = result.times if drafted == depth.k and not result.copied else None
         return replace(
             self,
             generation_tokens=self.generation_tokens + len(result.tokens),
@@ -71,8 +76,10 @@ class Stats:
             rounds=self.rounds + 1,
             drafted=self.drafted + drafted,
             accepted=self.accepted + accepted,
-            reached_per_position=tuple(_at(self.reached_per_position, j) + (j < drafted) for j in positions),
-            accepted_at_position=tuple(_at(self.accepted_at_position, j) + (j < accepted) for j in positions),
+            copied=self.copied + copied,
+            copied_accepted=self.copied_accepted + copied_accepted,
+            reached_per_position=tuple(_at(self.reached_per_position, j) + (j < own) for j in positions),
+            accepted_at_position=tuple(_at(self.accepted_at_position, j) + (j < own_accepted) for j in positions),
             commit=commit.add(times and times.commit),
             draft=draft.add(times and times.draft),
             verify=verify.add(times and times.verify),
@@ -99,7 +106,7 @@ class Stats:
 
     @property
     def accepted_per_position(self) -> list[float]:
-        """Share of the drafts at each position that were kept; not conditional on the ones before."""
+        """Share of the drafter's own drafts at each position that were kept; not conditional on the ones before."""
         return [kept / made for kept, made in zip(self.accepted_at_position, self.reached_per_position, strict=True)]
 
     def figures(self) -> dict[str, Any]:
@@ -114,6 +121,8 @@ class Stats:
             "tokens_per_round": self.tokens_per_round,
             "drafted": self.drafted,
             "accepted": self.accepted,
+            "copied": self.copied,
+            "copied_accepted": self.copied_accepted,
             "accepted_per_position": self.accepted_per_position,
             "commit_ms": self.commit.ms,
             "draft_ms": self.draft.ms,
@@ -122,6 +131,7 @@ class Stats:
             "depth": self.depth,
             "depth_reason": self.depth_reason,
             "alarm": self.alarm,
+            "compiled": self.compiled,
             "memory": {
                 "target": self.memory.target,
                 "drafter": self.memory.drafter,

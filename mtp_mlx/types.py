@@ -3,10 +3,12 @@
 Letters: B batch, L length, D width, V vocabulary, k drafted tokens, S key slots, H heads.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import mlx.core as mx
+
+from mtp_mlx.programs import Programs
 
 if TYPE_CHECKING:
     from mtp_mlx.cache import Cache
@@ -51,7 +53,11 @@ class LayerCache(Protocol):
         ...
 
     def arrays(self) -> list[mx.array]:
-        """Everything that has to be evaluated at the end of a round."""
+        """Everything that it holds on the device."""
+        ...
+
+    def bind(self, arrays: list[mx.array]) -> None:
+        """Hold these in their place: what a traced step has made of them."""
         ...
 
 
@@ -63,9 +69,10 @@ class Output(NamedTuple):
 
 
 class Draft(NamedTuple):
-    """What a drafter proposes. Argmax drafts, so the distribution they were drawn from is one-hot."""
+    """What a drafter proposes."""
 
     tokens: mx.array  # (B, k) int32
+    logprobs: mx.array | None = None  # (B, k, V) float32, what each was drawn from; None where nothing was drawn
 
 
 @dataclass(frozen=True)
@@ -74,6 +81,17 @@ class Kept:
 
     count: mx.array  # (B,) int32, 0..k
     tokens: mx.array  # (B, k+1) int32; row b holds count[b]+1 valid tokens
+
+
+State = tuple[mx.array, ...]  # what a drafter knows of one sequence; empty where it knows nothing yet
+
+
+class Pick(Protocol):
+    """Chooses one drafted token after the other from a drafter's logits."""
+
+    def __call__(self, logits: mx.array, ids: mx.array | None = None) -> mx.array:
+        """(B, 1, C) logits -> token (B, 1). `ids` (B, 1, C) names the columns where they are not the vocabulary."""
+        ...
 
 
 class Target(Protocol):
@@ -122,19 +140,25 @@ class Drafter(Protocol):
         """Bytes of the weights."""
         ...
 
-    def start(self, cache: "Cache") -> Any:
+    def reads(self, cache: "Cache") -> int:
+        """Bytes of those buffers of the target that a draft reads in place."""
+        ...
+
+    def start(self, cache: "Cache") -> State:
         """The state of a sequence of which nothing has been read yet.
 
         A drafter with keys and values of its own attaches their layer to the target's cache.
         """
         ...
 
-    def advance(self, state: Any, tokens: mx.array, span: Span, output: Output, count: mx.array) -> Any:
-        """Learn that tokens[:, : count+1] of the block at `span` are now in the target's cache, with these outputs."""
+    def advance(
+        self, state: State, cache: "Cache", tokens: mx.array, span: Span, hidden: mx.array, count: mx.array
+    ) -> State:
+        """Learn that tokens[:, : count+1] of the block at `span` are now in the target's cache, with these hiddens."""
         ...
 
-    def draft(self, state: Any, last: mx.array, k: int) -> Draft:
-        """Propose what follows `last` (B,), the one token that is not yet in the target's cache."""
+    def draft(self, state: State, cache: "Cache", last: mx.array, k: int, pick: Pick) -> None:
+        """Propose what follows `last` (B,), the one token that is not yet in the target's cache: `pick` k tokens."""
         ...
 
 
@@ -144,3 +168,5 @@ class Pair:
 
     target: Target
     drafter: Drafter
+    programs: Programs = field(default_factory=Programs, compare=False, repr=False)  # shared by all sequences
+    measured: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)  # what outlives a text

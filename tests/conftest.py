@@ -4,26 +4,32 @@ import shutil
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import cast
 
 import mlx.core as mx
 
 # Equality to the last token is a promise of the CPU backend; on a Mac too the tests run there. This has to come
 # before mlx-lm is imported, which makes its stream for the default device once and for all.
 mx.set_default_device(mx.cpu)
+# On a CPU a trace is compiled with the system's C++ compiler, a second for each of hundreds of kernels. So tests run
+# rounds as they are built; test_programs.py compares replayed rounds with those.
+mx.disable_compile()
 
 import mlx.nn as nn
 import mlx_lm
 import numpy as np
 
 from mtp_mlx.cache import MAX_BLOCK, Cache
+from mtp_mlx.choosing import Drafts, Rules
 from mtp_mlx.loading import load
 from mtp_mlx.models.gemma4 import Model as Gemma4
 from mtp_mlx.models.gemma4_assistant import Assistant
 from mtp_mlx.models.qwen3_5 import Model as Qwen
 from mtp_mlx.models.qwen3_5_mtp import Head
+from mtp_mlx.programs import Programs
 from mtp_mlx.rounds import Sequence
 from mtp_mlx.sampling import Greedy, Sampler
-from mtp_mlx.types import Draft, Drafter, Output, Pair, Span, Target
+from mtp_mlx.types import Drafter, Output, Pair, Pick, Span, State, Target
 
 FIXTURES = Path(__file__).parent / "fixtures"
 VARIANTS = ["gemma4_ple", "gemma4_keqv", "gemma4_moe", "gemma4_unified"]
@@ -104,26 +110,61 @@ class DialledDrafter:
         wrong = np.random.default_rng(seed).random(len(padded)) >= hit_rate
         return cls(mx.array(padded, mx.int32), mx.array(wrong))
 
-    def start(self, cache: Cache) -> Cache:
-        return cache
+    def reads(self, cache: Cache) -> int:
+        return 0
 
-    def advance(self, state: Cache, tokens: mx.array, span: Span, output: Output, count: mx.array) -> Cache:
-        return state
+    def start(self, cache: Cache) -> State:
+        return ()
 
-    def draft(self, state: Cache, last: mx.array, k: int) -> Draft:
-        places = state.position[:, None] + 1 + mx.arange(k)  # (B, k)
-        token = self.truth[places]
-        return Draft(mx.where(self.wrong[places], (token + 1) % VOCAB, token))
+    def advance(
+        self, state: State, cache: Cache, tokens: mx.array, span: Span, hidden: mx.array, count: mx.array
+    ) -> State:
+        return ()
+
+    def draft(self, state: State, cache: Cache, last: mx.array, k: int, pick: Pick) -> None:
+        for j in range(k):
+            place = cache.position[:, None] + 1 + j  # (B, 1)
+            token = self.truth[place]
+            pick(certain(mx.where(self.wrong[place], (token + 1) % VOCAB, token)))
 
 
-@dataclass(frozen=True)
+def certain(token: mx.array) -> mx.array:
+    """Logits (B, 1, V) of a drafter that is sure of its token (B, 1)."""
+    return mx.where(mx.arange(VOCAB) == token[..., None], 0.0, -1e9)
+
+
+@dataclass(frozen=True, eq=False)
 class Forced:
     """A sampler that writes a given sequence, so that logits can be compared along a varied text."""
 
     tokens: mx.array  # (T,)
 
-    def __call__(self, logprobs: mx.array, positions: mx.array) -> mx.array:
-        return self.tokens[positions]
+    def __call__(self, logprobs: mx.array, keys: mx.array) -> mx.array:
+        return self.tokens[keys[..., 1]]
+
+    def law(self, logprobs: mx.array, keys: mx.array) -> mx.array:
+        return mx.where(mx.arange(logprobs.shape[-1]) == self(logprobs, keys)[..., None], 0.0, -mx.inf)
+
+
+class Recorder:
+    """A `Pick` that takes the best token, and remembers what it was shown."""
+
+    def __init__(self) -> None:
+        self.logits: list[mx.array] = []  # (1, 1, C) each
+        self.ids: list[mx.array | None] = []
+        self.tokens: list[mx.array] = []  # (1, 1) each
+
+    def __call__(self, logits: mx.array, ids: mx.array | None = None) -> mx.array:
+        best = mx.argmax(logits, axis=-1)
+        token = best if ids is None else mx.take_along_axis(ids, best[..., None], axis=-1)[..., 0]
+        self.logits.append(logits)
+        self.ids.append(ids)
+        self.tokens.append(token)
+        return token
+
+    @property
+    def draft(self) -> list[int]:
+        return cast(list[int], mx.concatenate(self.tokens, axis=1)[0].tolist())
 
 
 class AlteredTarget:
@@ -149,6 +190,19 @@ class AlteredTarget:
         return output._replace(logits=output.logits * self.factor * broken)
 
 
+PROGRAMS = Programs()  # traced steps of the tiny models, for all tests
+
+
+def open_sequence(
+    target: Target, drafter: Drafter, sampler: Sampler, seed: int = 0, drafts: Drafts = "argmax"
+) -> Sequence:
+    """A sequence of which nothing has been read yet.
+
+    Drafts are the drafter's best tokens: coupled ones would always agree with a sampler that writes a given text.
+    """
+    return Sequence(Pair(target, drafter, PROGRAMS), Rules(sampler, drafts=drafts), seed)
+
+
 def run_rounds(
     target: Target,
     drafter: Drafter,
@@ -157,9 +211,11 @@ def run_rounds(
     tokens: int,
     k: int,
     step: int = 2048,
+    seed: int = 0,
+    drafts: Drafts = "argmax",
 ) -> tuple[list[int], mx.array, list[int]]:
     """`tokens` tokens after a prompt at depth k: the tokens, their log-probability rows, drafts kept per round."""
-    sequence = Sequence(Pair(target, drafter), sampler)
+    sequence = open_sequence(target, drafter, sampler, seed, drafts)
     sequence.prefill(prompt, step, lambda done, total: None)
     text: list[int] = []
     rows: list[mx.array] = []

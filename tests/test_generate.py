@@ -104,7 +104,7 @@ def _with_stop(tokenizer: TokenizerWrapper, token: int) -> TokenizerWrapper:
 
 def test_a_seeded_sample_does_not_depend_on_the_depth(tokenizer: TokenizerWrapper, pair: Pair) -> None:
     texts = {
-        generate(pair, tokenizer, "import os", max_tokens=40, depth=depth, sampler=Sample(0.9, seed=3))
+        generate(pair, tokenizer, "import os", max_tokens=40, depth=depth, sampler=Sample(0.9), seed=3)
         for depth in (0, 2, 5)
     }
     assert len(texts) == 1
@@ -178,7 +178,8 @@ def test_a_drafter_that_never_hits_is_reported_and_changes_nothing(
     truth = plain(pair.target, prompt, 60)
     for depth in (3, "auto"):
         caplog.clear()
-        run = list(stream_generate(dialled(prompt, truth, 0.0), tokenizer, prompt, max_tokens=60, depth=depth))
+        pair = dialled(prompt, truth, 0.0)
+        run = list(stream_generate(pair, tokenizer, prompt, max_tokens=60, depth=depth, lookup=False))
         assert [response.token for response in run] == truth
         last = run[-1].stats
         assert last.alarm is not None and last.alarm == last.depth_reason and last.depth == 0

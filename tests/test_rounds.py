@@ -18,6 +18,7 @@ from conftest import (
     float32_copy,
     gap,
     mlx_lm_model,
+    open_sequence,
     plain,
     run_rounds,
     tiny,
@@ -27,13 +28,14 @@ from conftest import (
 )
 from mlx_lm.generate import generate_step
 
-from mtp_mlx.accept import accept, normalise
+from mtp_mlx.accept import normalise
+from mtp_mlx.cache import Cache
 from mtp_mlx.depth import Fixed
 from mtp_mlx.errors import MTPError
-from mtp_mlx.models.gemma4_assistant import Assistant, State
-from mtp_mlx.rounds import Sequence, rounds
+from mtp_mlx.models.gemma4_assistant import Assistant
+from mtp_mlx.rounds import rounds
 from mtp_mlx.sampling import Greedy, Sample
-from mtp_mlx.types import Output, Pair, Span
+from mtp_mlx.types import Span, State
 
 # The other tiny Qwens differ from these two in their files only.
 ROUNDS = [*VARIANTS, "qwen3_5_tied", "qwen3_5_moe"]
@@ -119,7 +121,7 @@ def test_a_conversation_goes_on_after_a_stop_inside_an_accepted_run(variant: str
     forced, nobody = Forced(mx.array(text)), DialledDrafter.dial([], 0.0)
     for cut in range(1, k + 2):
         drafter = DialledDrafter.dial(text, 1.0)
-        sequence = Sequence(Pair(target, drafter), forced)
+        sequence = open_sequence(target, drafter, forced)
         sequence.prefill(text[:20], STEP, lambda done, total: None)
         first = sequence.round(k)
         assert first.accepted == k
@@ -140,7 +142,7 @@ def test_a_drafter_goes_on_after_a_stop_as_if_it_had_read_the_whole(variant: str
     target, drafter = tiny_pair(variant)
     text = varied_tokens(80) + [0] * 20
     forced, silent = Forced(mx.array(text)), lambda done, total: None
-    sequence = Sequence(Pair(target, drafter), forced)
+    sequence = open_sequence(target, drafter, forced)
     sequence.prefill(text[:20], STEP, silent)
     sequence.round(0)
     sequence.round(5)
@@ -148,15 +150,12 @@ def test_a_drafter_goes_on_after_a_stop_as_if_it_had_read_the_whole(variant: str
     sequence.keep(len(result.tokens))
     here = sequence.length + 1
     sequence.prefill(text[here : here + 6], 4, silent)
-    fresh = Sequence(Pair(target, drafter), forced)
+    fresh = open_sequence(target, drafter, forced)
     fresh.prefill(text[: here + 6], 2048, silent)
     for each in (sequence, fresh):
         each.round(0)
         each._commit()
-        assert each.last is not None
-    drafts = [
-        drafter.draft(each.state, each.last, 6).tokens.tolist() for each in (sequence, fresh) if each.last is not None
-    ]
+    drafts = [each._draft(6).tokens.tolist() for each in (sequence, fresh)]
     assert drafts[0] == drafts[1]
 
 
@@ -180,12 +179,14 @@ def test_a_prompt_does_not_run_through_layers_that_store_nothing(monkeypatch: py
     told: list[int] = []
     advance = Assistant.advance
 
-    def counted(self: Assistant, state: State, tokens: mx.array, span: Span, output: Output, count: mx.array) -> State:
+    def counted(
+        self: Assistant, state: State, cache: Cache, tokens: mx.array, span: Span, hidden: mx.array, count: mx.array
+    ) -> State:
         told.append(tokens.shape[1])
-        return advance(self, state, tokens, span, output, count)
+        return advance(self, state, cache, tokens, span, hidden, count)
 
     monkeypatch.setattr(Assistant, "advance", counted)
-    sequence = Sequence(Pair(target, assistant), Greedy())
+    sequence = open_sequence(target, assistant, Greedy())
     sequence.prefill(varied_tokens(50), 20, lambda done, total: None)
     assert told == [] and not sequence.ready
     (first,) = rounds(sequence, Fixed(4), 1)
@@ -217,15 +218,17 @@ def test_plain_decoding_of_qwen_equals_mlx_lm(variant: str, length: int, tmp_pat
 @pytest.mark.parametrize("variant", ROUNDS)
 @pytest.mark.parametrize("temperature", [0.7, 1.5])
 def test_a_seeded_sample_is_the_same_text_at_every_depth(variant: str, temperature: float) -> None:
-    target, _ = tiny_pair(variant)
+    target, own = tiny_pair(variant)
     prompt = varied_tokens(14)
     for seed in (1, 2):
-        sampler = Sample(temperature, top_p=0.95, seed=seed)
+        sampler = Sample(temperature, top_p=0.95)
         nobody = DialledDrafter.dial([], 0.0)
-        truth = run_rounds(target, nobody, sampler, prompt, 40, 0)[0]
+        truth = run_rounds(target, nobody, sampler, prompt, 40, 0, seed=seed)[0]
         for k, rate in ((1, 1.0), (3, 0.6), (7, 0.8)):
             drafter = DialledDrafter.dial(prompt + truth, rate, seed=seed)
-            assert run_rounds(target, drafter, sampler, prompt, 40, k)[0] == truth
+            assert run_rounds(target, drafter, sampler, prompt, 40, k, seed=seed)[0] == truth
+        for drafts in ("coupled", "argmax"):
+            assert run_rounds(target, own, sampler, prompt, 40, 4, seed=seed, drafts=drafts)[0] == truth
         assert len(set(truth)) > 10
 
 
@@ -253,40 +256,10 @@ def test_a_long_generation_grows_its_buffers_without_a_change(variant: str) -> N
     assert gap(rows, whole) < EXACT
 
 
-@pytest.mark.parametrize("variant", ROUNDS)
-def test_a_round_is_built_without_reading_anything_back(variant: str) -> None:
-    """mx.compile traces with placeholders: any read by the host between draft and commit would raise."""
-    target, assistant = tiny_pair(variant)
-    sequence = Sequence(Pair(target, assistant), Greedy())
-    prompt = varied_tokens(30)
-    sequence.prefill(prompt, 2048, lambda done, total: None)
-    sequence.round(0)
-    sequence._commit()
-    assert sequence.last is not None
-    sequence.cache.reserve(64)
-    state, cache = sequence.state, sequence.cache
-
-    def build(last: mx.array) -> tuple[mx.array, mx.array]:
-        draft = assistant.draft(state, last, 4)
-        block = mx.concatenate([last[:, None], draft.tokens], axis=1)
-        span = cache.span(5)
-        output = target(block, cache, span)
-        kept = accept(draft, normalise(output.logits), span.positions() + 1, Greedy())
-        cache.commit(kept.count + 1)
-        assistant.advance(state, block, span, output, kept.count)
-        return kept.count, kept.tokens
-
-    count, tokens = mx.compile(build)(sequence.last)
-    fresh = Sequence(Pair(target, assistant), Greedy())
-    fresh.prefill(prompt, 2048, lambda done, total: None)
-    fresh.round(0)
-    assert tokens[0, : count.item() + 1].tolist() == fresh.round(4).tokens
-
-
 @pytest.mark.parametrize("variant", ["gemma4_keqv", "qwen3_5_dense"])
 def test_the_host_reads_once_per_round(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     target, assistant = tiny_pair(variant)
-    sequence = Sequence(Pair(target, assistant), Greedy())
+    sequence = open_sequence(target, assistant, Greedy())
     sequence.prefill(varied_tokens(20), 2048, lambda done, total: None)
     sequence.round(0)
     waits: list[int] = []
@@ -309,7 +282,7 @@ def test_rounds_never_emit_more_than_asked_for() -> None:
     truth = plain(target, prompt, 20)
     for budget in range(1, 9):
         drafter = DialledDrafter.dial(prompt + truth, 1.0)
-        sequence = Sequence(Pair(target, drafter), Greedy())
+        sequence = open_sequence(target, drafter, Greedy())
         sequence.prefill(prompt, 2048, lambda done, total: None)
         emitted = [token for result in rounds(sequence, Fixed(5), budget) for token in result.tokens]
         assert emitted == truth[:budget]
@@ -319,7 +292,7 @@ def test_a_sequence_knows_its_length_and_commits_what_it_emitted() -> None:
     target, _ = tiny("gemma4_ple")
     prompt = varied_tokens(10)
     truth = plain(target, prompt, 40)
-    sequence = Sequence(Pair(target, DialledDrafter.dial(prompt + truth, 0.5)), Greedy())
+    sequence = open_sequence(target, DialledDrafter.dial(prompt + truth, 0.5), Greedy())
     sequence.prefill(prompt, 4, lambda done, total: None)
     lengths = [sequence.length]
     emitted = 0
@@ -333,7 +306,7 @@ def test_a_sequence_knows_its_length_and_commits_what_it_emitted() -> None:
 def test_logits_that_are_not_finite_are_an_error_and_not_a_token() -> None:
     target, assistant = tiny("gemma4_keqv")
 
-    sequence = Sequence(Pair(AlteredTarget(target, factor=float("nan")), assistant), Greedy())
+    sequence = open_sequence(AlteredTarget(target, factor=float("nan")), assistant, Greedy())
     sequence.prefill(varied_tokens(10), 2048, lambda done, total: None)
     with pytest.raises(MTPError, match="not finite"):
         sequence.round(0)
@@ -353,7 +326,7 @@ def test_rows_after_a_wrong_draft_may_be_anything() -> None:
 
 def test_phases_are_timed_only_where_a_round_is_split() -> None:
     target, assistant = tiny("gemma4_keqv")
-    sequence = Sequence(Pair(target, assistant), Greedy())
+    sequence = open_sequence(target, assistant, Greedy())
     sequence.prefill(varied_tokens(10), 2048, lambda done, total: None)
     sequence.round(0)
     whole, parts = sequence.round(3).times, sequence.round(3, split=True).times
@@ -376,11 +349,11 @@ def test_a_prompt_that_was_broken_off_is_gone_on_with(variant: str) -> None:
         if done == 16:
             raise _InterruptionError
 
-    sequence = Sequence(Pair(*tiny_pair(variant)), forced)
+    sequence = open_sequence(*tiny_pair(variant), forced)
     with pytest.raises(_InterruptionError):
         sequence.prefill(text[:40], 16, stop)
     sequence.prefill(text[sequence.length + 1 : 40], 16, lambda done, total: None)
-    fresh = Sequence(Pair(*tiny_pair(variant)), forced)
+    fresh = open_sequence(*tiny_pair(variant), forced)
     fresh.prefill(text[:40], 16, lambda done, total: None)
     assert sequence.length == fresh.length == 39
     for k in (0, 4):
@@ -392,7 +365,7 @@ def test_an_interruption_between_two_rounds_costs_nothing(variant: str, monkeypa
     target, drafter = tiny_pair(variant)
     text = varied_tokens(60)
     forced = Forced(mx.array(text + [0] * 20))
-    sequences = [Sequence(Pair(target, drafter), forced) for _ in range(2)]
+    sequences = [open_sequence(target, drafter, forced) for _ in range(2)]
     for sequence in sequences:
         sequence.prefill(text[:20], 16, lambda done, total: None)
         sequence.round(0)

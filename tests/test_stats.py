@@ -3,15 +3,16 @@
 import mlx.core as mx
 import pytest
 
+from mtp_mlx.clock import Times
 from mtp_mlx.depth import Fixed
-from mtp_mlx.rounds import Round, Times
+from mtp_mlx.rounds import Round
 from mtp_mlx.stats import Memory, Stats
 
 ROW = mx.zeros((1, 1))
 
 
-def _round(tokens: int, drafted: int, times: Times) -> Round:
-    return Round(list(range(tokens)), drafted, tokens - 1, True, ROW, times)
+def _round(tokens: int, drafted: int, times: Times, copied: bool = False) -> Round:
+    return Round(list(range(tokens)), drafted, copied, tokens - 1, True, ROW, times)
 
 
 def test_figures_of_three_rounds() -> None:
@@ -34,11 +35,22 @@ def test_figures_of_three_rounds() -> None:
     assert figures["memory"] == {"target": 7, "drafter": 0, "cache": 11, "peak": 13}
 
 
+def test_copies_are_counted_apart_from_the_drafters_own() -> None:
+    whole = Times(0.1, 0.02, None, None, None)
+    stats = Stats(10)
+    for result in (_round(4, 3, whole), _round(9, 15, whole, copied=True), _round(1, 3, whole)):
+        stats = stats.after(result, Fixed(3), cache_bytes=0, peak_bytes=0)
+    figures = stats.figures()
+    assert (figures["drafted"], figures["accepted"]) == (21, 11)
+    assert (figures["copied"], figures["copied_accepted"]) == (15, 8)
+    assert figures["accepted_per_position"] == pytest.approx([1 / 2, 1 / 2, 1 / 2])
+
+
 def test_a_stop_inside_an_accepted_run_cuts_the_round() -> None:
-    result = Round([5, 6, 7, 8], 3, 3, True, ROW, Times(0.1, 0.1, None, None, None))
+    result = Round([5, 6, 7, 8], 3, False, 3, True, ROW, Times(0.1, 0.1, None, None, None))
     assert result.first(2).tokens == [5, 6] and result.first(2).accepted == 2
     assert result.first(4) == result
-    corrected = Round([5, 6], 3, 1, True, ROW, Times(0.1, 0.1, None, None, None))
+    corrected = Round([5, 6], 3, False, 1, True, ROW, Times(0.1, 0.1, None, None, None))
     assert corrected.first(1).accepted == 1
 
 

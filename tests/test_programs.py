@@ -1,0 +1,203 @@
+"""Replayed rounds are the rounds as they are built, and nothing is copied on the way."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+import pytest
+from conftest import Forced, DialledDrafter, certain, gap, run_rounds, tiny_pair, varied_tokens
+from test_rounds import EXACT
+
+from mtp_mlx.cache import Cache, FullCache, RecurrentCache, SlidingCache
+from mtp_mlx.choosing import Drafts, Rules
+from mtp_mlx.programs import Programs, compiles
+from mtp_mlx.rounds import Sequence
+from mtp_mlx.sampling import Greedy, Sample
+from mtp_mlx.types import Output, Pair, Pick, Span, State
+
+needs_compiler = pytest.mark.xdist_group("compiler")  # so that no kernel is compiled twice
+
+
+@pytest.fixture
+def compiled() -> Iterator[None]:
+    mx.enable_compile()
+    compiles.cache_clear()
+    if not compiles():
+        pytest.fail("mx.compile does nothing here; on Linux it needs g++")
+    yield
+    mx.disable_compile()
+    compiles.cache_clear()
+
+
+@needs_compiler
+@pytest.mark.parametrize("variant", ["gemma4_keqv", "qwen3_5_tied"])
+def test_replayed_rounds_equal_rounds_as_they_are_built(variant: str, compiled: None) -> None:
+    target, drafter = tiny_pair(variant)
+    text = varied_tokens(330, seed=3)
+    forced = Forced(mx.array(text + [0] * 20))
+    partial: set[int] = set()
+    for start, count in ((5, 60), (230, 60)):  # the second one grows its buffers on the way
+        for own, k in ((DialledDrafter.dial(text, 0.7), 3), (drafter, 2)):
+            mx.disable_compile()
+            _, expected, _ = run_rounds(target, DialledDrafter.dial([], 0.0), forced, text[:start], count, 0)
+            mx.enable_compile()
+            tokens, rows, accepted = run_rounds(target, own, forced, text[:start], count, k)
+            assert tokens == text[start : start + count] and gap(rows, expected) < EXACT
+            partial |= set(accepted)
+    assert partial == {0, 1, 2, 3}
+
+
+@needs_compiler
+@pytest.mark.parametrize("variant", ["gemma4_keqv", "qwen3_5_tied"])
+@pytest.mark.parametrize("drafts", ["coupled", Sample(0.5)])
+def test_sampled_text_does_not_depend_on_being_replayed(variant: str, drafts: Drafts, compiled: None) -> None:
+    """Keys are made of seed and position inside the trace; nothing of one round is baked into the next."""
+    target, drafter = tiny_pair(variant)
+    prompt = varied_tokens(20)
+    texts = []
+    for replay in (True, False):
+        (mx.enable_compile if replay else mx.disable_compile)()
+        for seed in (1, 2):
+            texts.append(
+                run_rounds(target, drafter, Sample(1.2, top_p=0.9), prompt, 30, 2, seed=seed, drafts=drafts)[0]
+            )
+    assert texts[0] == texts[2] and texts[1] == texts[3] and texts[0] != texts[1]
+
+
+@dataclass
+class Toy:
+    """A target whose layers hold much and compute little: every layer stores the token's own value."""
+
+    layers: tuple[FullCache | SlidingCache, ...]
+    slots: int
+    context: int = 2**20
+    vocabulary: int = 320
+    nbytes: int = 0
+    calls: list[int] = field(default_factory=list)
+
+    def make_cache(self) -> Cache:
+        cache = Cache(list(self.layers))
+        cache.reserve(self.slots)
+        return cache
+
+    def embed(self, tokens: mx.array) -> mx.array:
+        return mx.broadcast_to(tokens[..., None].astype(mx.float32), (*tokens.shape, 8))
+
+    def __call__(self, tokens: mx.array, cache: Cache, span: Span) -> Output:
+        self.calls.append(span.length)
+        rows = mx.broadcast_to(tokens[:, None, :, None].astype(mx.float32), (1, 4, span.length, 128))
+        seen = [cache.attention(i).write(rows, rows, span) for i in range(len(self.layers))]
+        newest = sum(visible.keys[:, 0, 3, 0] + visible.values[:, 0, 3, 0] for visible in seen)  # (B,)
+        logits = certain(((tokens + 1) % self.vocabulary).reshape(-1, 1)).reshape(1, span.length, -1)
+        return Output(logits + 0 * newest, self.embed(tokens))
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A drafter that reads the target's buffers in place, as the assistant does, and is right half of the time."""
+
+    limit: int = 31
+    reads_prompt: bool = True
+    nbytes: int = 0
+
+    def reads(self, cache: Cache) -> int:
+        return sum(array.nbytes for layer in cache.layers for array in layer.arrays())
+
+    def start(self, cache: Cache) -> State:
+        return ()
+
+    def advance(
+        self, state: State, cache: Cache, tokens: mx.array, span: Span, hidden: mx.array, count: mx.array
+    ) -> State:
+        return (mx.take_along_axis(hidden, count[:, None, None], axis=1),)
+
+    def draft(self, state: State, cache: Cache, last: mx.array, k: int, pick: Pick) -> None:
+        token = last[:, None]
+        for _ in range(k):
+            looked_at = sum(cache.attention(i).stored().keys[:, 0, :4].sum() for i in range(len(cache.layers)))
+            token = pick(certain((token + 1 + (token % 5 == 0)) % 320) + 0 * looked_at)
+
+
+SLOTS = 32768  # x 4 heads x 128 x 4 bytes = 64 MB a buffer
+BUFFER = SLOTS * 4 * 128 * 4
+
+
+@needs_compiler
+@pytest.mark.parametrize("replay", [True, False])
+@pytest.mark.parametrize("k", [0, 3])
+def test_no_buffer_is_copied_whatever_a_round_does(replay: bool, k: int, compiled: None) -> None:
+    """One copy of one of the four buffers of 64 MB would show in the peak."""
+    if not replay:
+        mx.disable_compile()
+    target = Toy((FullCache(), SlidingCache(SLOTS)), SLOTS)
+    sequence = Sequence(Pair(target, Reader()), Rules())
+    sequence.prefill([1, 2, 3, 4, 5], 4, lambda done, total: None)
+    for _ in range(3):
+        sequence.round(k)
+    held = sum(array.nbytes for layer in target.layers for array in layer.arrays())
+    assert held > 3.9 * BUFFER
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    accepted = {sequence.round(k).accepted for _ in range(12)}
+    assert mx.get_peak_memory() - before < BUFFER / 4
+    assert accepted == {0} if k == 0 else len(accepted) > 1
+
+
+@needs_compiler
+def test_a_step_is_traced_once_for_each_depth_and_size(compiled: None) -> None:
+    target = Toy((FullCache(),), 512)
+    pair = Pair(target, Reader())
+    traced: list[list[int]] = []
+    for _ in range(2):  # sequences share what has been traced
+        target.layers = (FullCache(),)
+        sequence = Sequence(pair, Rules())
+        sequence.prefill([1, 2, 3, 4, 5, 6, 7], 4, lambda done, total: None)
+        target.calls.clear()
+        for k in (0, 3, 0, 3, 3, 0, 2, 3, 2):
+            sequence.round(k)
+        sequence.cache.reserve(1000)
+        sequence.round(3)
+        sequence.round(3)
+        traced.append(target.calls.copy())
+    assert traced == [[1, 4, 3, 4], []]
+
+
+@needs_compiler
+def test_a_failed_trace_leaves_a_sequence_as_it_was(compiled: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    target, drafter = tiny_pair("gemma4_keqv")
+    sequence = Sequence(Pair(target, drafter), Rules())
+    sequence.prefill(varied_tokens(20), 16, lambda done, total: None)
+    first = sequence.round(0).tokens
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FullCache, "mask", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            sequence.round(2)
+    expected = run_rounds(target, drafter, Greedy(), varied_tokens(20), 9, 2)[0]
+    while len(first) < 9:
+        first += sequence.round(2).tokens
+    assert first[:9] == expected
+
+
+def test_old_traces_make_room_for_new_ones() -> None:
+    programs = Programs()
+    cache = Cache([])
+    for number in range(100):
+        programs.run(lambda model, cache, fixed, x: x + fixed, Reader(), cache, number, mx.array(1))
+    assert len(programs._traced) == 64
+
+
+def test_without_a_compiler_rounds_are_built_each_time() -> None:
+    mx.disable_compile()
+    compiles.cache_clear()
+    assert not compiles()
+
+
+def test_what_a_cache_holds_can_be_taken_out_and_put_back() -> None:
+    for layer in (FullCache(), SlidingCache(8), RecurrentCache(4)):
+        assert layer.arrays() == []
+        layer.bind([])
+        assert layer.arrays() == []
