@@ -79,9 +79,9 @@ def command(
         str,
         typer.Option(
             help="How drafts are drawn at a temperature: 'coupled' with the target's own noise, 'argmax', or "
-            "'sampled' and tested by rejection. The text is the target's in any case."
+            "'sampled' and tested by rejection; 'auto' couples them if there is a seed. The law is the target's always."
         ),
-    ] = "coupled",
+    ] = "auto",
     draft_temp: Annotated[
         float | None, typer.Option(help="Temperature of 'sampled' drafts; default: that of the target.")
     ] = None,
@@ -165,14 +165,16 @@ def parse_depth(depth: str) -> int | str:
         raise RequestError(f"--depth {depth} is neither 'auto' nor a number of drafts") from None
 
 
-def parse_drafts(name: str, sampler: Sampler, temperature: float | None) -> Drafts:
+def parse_drafts(name: str, sampler: Sampler, temperature: float | None) -> Drafts | None:
     """How drafts are drawn. Raises RequestError for an unknown name, or a temperature that would not be used."""
-    if name not in ("coupled", "argmax", "sampled"):
-        raise RequestError(f"--drafts {name} is not one of coupled, argmax, sampled")
+    if name not in ("auto", "coupled", "argmax", "sampled"):
+        raise RequestError(f"--drafts {name} is not one of auto, coupled, argmax, sampled")
     if name != "sampled" and temperature is not None:
         raise RequestError(f"--draft-temp {temperature} is for --drafts sampled; {name} drafts do not use it")
     if name == "sampled" and isinstance(sampler, Sample):
         return sampler if temperature is None else replace(sampler, temperature=temperature)
+    if name == "auto":
+        return None
     return "argmax" if name == "argmax" else "coupled"  # at temperature 0 they are the same
 
 

@@ -21,6 +21,7 @@ from mtp_mlx.loading import DEMO, Loaded, load_pair
 from mtp_mlx.sampling import check_seed, choose_sampler
 from mtp_mlx.verify import Comparison, Fit, Numerics, Plan, Report, verify
 
+DRAWN = 20  # texts' worth of tokens drawn at a temperature
 PROMPTS = {
     "code": "class Tree:\n    def __init__(self):\n        self.root = None\n\n    def insert(self, key):\n",
     "prose": "The module provides functions to read and write files. Before a file is read,",
@@ -72,7 +73,11 @@ def command(
             raise RequestError(f"there is nothing to verify without a drafter ({loaded.drafter_reason})")
         notes.show()
         plan = Plan(
-            _possible(depths, loaded.pair.drafter.limit, asked=bool(depth)), tokens, sampler if temp else None, seed
+            _possible(depths, loaded.pair.drafter.limit, asked=bool(depth)),
+            tokens,
+            sampler if temp else None,
+            DRAWN * tokens,
+            seed,
         )
         ids = {name: _ids(loaded.tokenizer, text, ignore_chat_template) for name, text in texts.items()}
         with Console(stderr=True).status("") as status:

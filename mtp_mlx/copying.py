@@ -93,15 +93,13 @@ class Copies:
     def _repeat(self, most: int) -> list[int]:
         """What followed the last time, no longer than the agreement: a short one promises little.
 
-        Where a whole period has been repeated, it goes on: ...abcabcab is followed by cabcab.
+        One that is longer than the way back to its place is a loop, and goes on: ...abcabcabc is followed by abcabc.
         """
         text = self.text.tokens
         places = self.text.after(text, PLACES)  # the latest wins a tie
         place = max(places, key=lambda place: self.text.agreeing(place, text), default=0)
         agreeing, period = self.text.agreeing(place, text), len(text) - place
-        if agreeing < MIN_MATCH:
-            return []
-        length = min(most, agreeing) if agreeing >= period else min(most, agreeing, period)
+        length = min(most, agreeing) if agreeing >= MIN_MATCH else 0
         return [text[place + i % period] for i in range(length)]
 
     def observe(self, drafted: int, accepted: int) -> None:

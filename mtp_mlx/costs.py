@@ -146,10 +146,11 @@ class Timings:
 
     def time(self, drafts: int, copied: bool = False) -> float:
         """On a line through the nearest known widths where this one is not; copies cost no more than drafts."""
-        if copied:
-            time = _on_line(self.copied, drafts)
-            return time if drafts in self.copied else min(time, _on_line(self.drafted, drafts))
-        return _on_line(self.drafted, drafts)
+        drafted = _on_line(self.drafted, drafts)
+        if not copied or len(self.copied) < 2:
+            return drafted
+        time = _on_line(self.copied, drafts)
+        return time if drafts in self.copied else min(time, drafted)
 
     def at_best(self, drafts: int, copied: bool = False) -> float:
         """What is known of it, and what is known of fewer drafts where nothing is: a curve may be a stair."""
@@ -159,6 +160,11 @@ class Timings:
             return self.time(drafts, copied)
         curve = self.copied if copied and len(self.copied) > 1 else self.drafted
         return max((curve[n] for n in curve if n < drafts), default=math.inf)
+
+    def measured(self) -> Curve:
+        """Seconds by drafts of all rounds that were not copied, however long ago they were timed."""
+        timed = (width for width, time in self.times.items() if not width[1] and time.samples >= ENOUGH)
+        return {width[0]: self.times[width].seconds for width in timed}
 
     def known(self, drafts: int, copied: bool = False) -> bool:
         return drafts in (self.copied if copied else self.drafted)

@@ -153,17 +153,18 @@ class Adaptive:
     def _copy_size(self, most: int) -> int:
         """How much of what could be copied is worth it; 0 where drafting or plain decoding promises more."""
         sizes = [size for size in COPY_SIZES if size <= min(most, self.costs.reach())]
-        # The drafter's first trial goes first: it tells what rows cost here.
-        if not sizes or (self.deepest and not self.drafts.positions):
+        # A first trial of a single draft goes first: it tells what a row costs here.
+        if not sizes or (self.trial and self.trial.k == 1 and not self.costs.known(1)):
             return 0
         best = max(sizes, key=self.copy_rate)
         drafting = max(self.par, self.rate(self.trial.k) if self.trial else 0.0)
+        # What is assumed of copies before any was seen may be bet on; what was seen of them is relied on.
         if self.copies.tokens(best, prior=0.0) > drafting * self.costs.time(best, copied=True):
             return max((size for size in sizes if size > best and self._worth_copying(size, best)), default=best)
         return best if self.copy_rate(best) > drafting and self._affords(0.0) else 0
 
     def _worth_copying(self, size: int, best: int) -> bool:
-        """Whether a longer copy, never timed, might be better and a failure is affordable: rows may come in tiles."""
+        """Whether a longer copy, not timed lately, might be better and is affordable if not: rows may come in tiles."""
         known, time = self.costs.known(size, copied=True), self.costs.time(size, copied=True)
         at_best = self.copies.tokens(size) / self.costs.at_best(size, copied=True)
         affordable = self._affords(time - self.copies.tokens(size) / self.par)
@@ -276,16 +277,18 @@ class Measured(Adaptive):
     """Follows the most tokens per second, as measured on this machine."""
 
     def __init__(self, deepest: int = DEEPEST):
-        super().__init__(deepest, Timings())
+        self.timings = Timings()
+        super().__init__(deepest, self.timings)
 
     def reason(self) -> str:
         if not self.deepest:
             return "no drafter"
-        known, first = [k for k in range(1, self.deepest + 1) if self.costs.known(k)], self.drafts.first()
-        k = self.k or max(known, key=self.rate, default=0)
-        if k not in known or first is None:
+        seconds, first = self.timings.measured(), self.drafts.first()
+        drafted = [k for k in seconds if k]
+        k = self.k or max(drafted, key=lambda k: self.drafts.tokens(k) / seconds[k], default=0)
+        if k not in drafted or first is None:
             return "still comparing depths: too few rounds so far"
-        steps = self.costs.time(k) / self.costs.time(0)
+        steps = seconds[k] / seconds[0]
         if self.k:
             return f"a round costs {steps:.1f} plain steps here and brings {self.drafts.tokens(k):.1f} tokens"
         drafts = "1 draft" if k == 1 else f"{k} drafts"

@@ -56,7 +56,7 @@ def stream_generate(
     penalties: Penalties | None = None,
     logits_processors: Iterable[Callable[[mx.array, mx.array], mx.array]] | None = None,
     seed: int | None = None,
-    drafts: Drafts = "coupled",
+    drafts: Drafts | None = None,
     lookup: bool = True,
     prediction: Prompt | None = None,
     prefill_step_size: int = DEFAULT_PREFILL_STEP,
@@ -70,8 +70,9 @@ def stream_generate(
     `sampler` is `Greedy()` (the default), a `Sample(...)`, or any sampler of mlx-lm's kind; `penalties` are computed
     with the round, `logits_processors` are callables of mlx-lm's kind and see each row with its own text before it.
     With a `seed` the text is the same at every depth and on every run, and "auto" chooses depths without a clock;
-    without one the seed is drawn from MLX's random state. `drafts` says how drafts are drawn at a temperature: see
-    `mtp_mlx.Rules`; only with a `Sample` there does the text depend on what was drafted, its distribution never.
+    without one the seed is drawn from MLX's random state. `drafts` says how drafts are drawn at a temperature, see
+    `mtp_mlx.Rules`: with a seed the default is "coupled", without one the sampler itself, whose drafts are accepted a
+    little more often; the text then depends on what was drafted, its distribution does not.
 
     With `lookup` and depth "auto", what follows an earlier occurrence of the text's latest tokens is tried in place of
     the drafter's proposals where that pays; `prediction` is text that the output is expected to resemble, tried in the
@@ -87,6 +88,8 @@ def stream_generate(
         raise RequestError(f"prefill step size {prefill_step_size} must be at least 1")
     if seed is not None:
         check_seed(seed)
+    if drafts is None:
+        drafts = sampler if seed is None and isinstance(sampler, Sample) else "coupled"
     chooser = choose_rules(pair, sampler, penalties, logits_processors, drafts)
     policy = _policy(pair, depth, reproducible=seed is not None)
     predicted = [] if prediction is None else encode(tokenizer, prediction, special=False)

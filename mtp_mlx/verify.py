@@ -25,7 +25,6 @@ Verdict = Literal["equal", "near-tie", "fault"]
 Prompts = Mapping[str, list[int]]  # token ids by name
 Watch = Callable[[str], None]  # told what is being done
 
-DRAWN = 20  # texts' worth of tokens drawn at a temperature
 SUSPICIOUS, MORE = 1e-2, 4  # a p-value below which more tokens are drawn, and how many times as many
 UNLIKELY = 1e-4  # a chance below which chance is no explanation
 STRAYS = 0.002  # share of drawn tokens that may differ from what their key draws: noise may be rounded otherwise
@@ -43,6 +42,7 @@ class Plan:
     depths: tuple[int | str, ...] = (1, 3, "auto")
     tokens: int = 48  # of each text
     sampler: Sampler | None = None  # None leaves out what is drawn at a temperature
+    drawn: int = 960  # tokens drawn at a temperature, at least
     seed: int = 0
 
     def check(self, limit: int) -> None:
@@ -51,6 +51,8 @@ class Plan:
             raise RequestError("there is no drafter, so there is nothing to verify; name one with --drafter")
         if 0 in self.depths or not self.depths:
             raise RequestError("depth 0 is plain decoding, which the others are compared with; give another --depth")
+        if max(self.fixed, default=0) > limit:
+            raise RequestError(f"depth {self.fixed[0]} is more than this drafter's limit of {limit}")
         if self.tokens < 2:
             raise RequestError(f"{self.tokens} tokens leave nothing to draft; give at least 2, better 48")
 
@@ -243,7 +245,7 @@ class Report:
         faults, texts = self.faults(), len(self.comparisons)
         if faults:
             more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
-            return f"FAULT: {faults[0]}{more}. Please report it with this output; --depth 0 is not affected."
+            return f"FAULT: {faults[0]}{more}. Please report it with this output; --depth 0 decodes without drafts."
         fit = "".join(f"; {f.tokens} drawn tokens fit the target's distribution" for f in self.fits[-1:])
         near = sum(comparison.first is not None for comparison in self.comparisons)
         if near:
@@ -288,11 +290,10 @@ def verify(pair: Pair, tokenizer: TokenizerWrapper, prompts: Prompts, plan: Plan
             greedy.append(compare(pair.target, plain, writer.write(name, depth, Greedy(), plan.seed)))
     fits: list[Fit] = []
     if plan.sampler is not None:
-        fits.append(_draw(writer, plan, plan.sampler, 0, DRAWN * plan.tokens, watch, pairs=len(prompts)))
+        fits.append(_draw(writer, plan, plan.sampler, 0, plan.drawn, watch, pairs=len(prompts)))
         if fits[0].p_value < SUSPICIOUS and not fits[0].astray:
             # Other seeds, so that the second judgement owes nothing to the first.
-            more = MORE * DRAWN * plan.tokens
-            fits.append(_draw(writer, plan, plan.sampler, fits[0].texts, more, watch, pairs=0))
+            fits.append(_draw(writer, plan, plan.sampler, fits[0].texts, MORE * plan.drawn, watch, pairs=0))
     return Report(numerics(plain.rows.dtype, changes), tuple(greedy), tuple(fits))
 
 

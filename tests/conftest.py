@@ -1,6 +1,7 @@
 """Tiny checkpoints, and a drafter and a sampler that do as they are told."""
 
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -18,6 +19,7 @@ mx.disable_compile()
 import mlx.nn as nn
 import mlx_lm
 import numpy as np
+import pytest
 
 from mtp_mlx.cache import MAX_BLOCK, Cache
 from mtp_mlx.choosing import Drafts, Rules
@@ -26,10 +28,25 @@ from mtp_mlx.models.gemma4 import Model as Gemma4
 from mtp_mlx.models.gemma4_assistant import Assistant
 from mtp_mlx.models.qwen3_5 import Model as Qwen
 from mtp_mlx.models.qwen3_5_mtp import Head
-from mtp_mlx.programs import Programs
+from mtp_mlx.programs import Programs, compiles
 from mtp_mlx.rounds import Sequence
 from mtp_mlx.sampling import Greedy, Sampler
 from mtp_mlx.types import Drafter, Output, Pair, Pick, Span, State, Target
+
+needs_compiler = pytest.mark.xdist_group("compiler")  # two processes would compile the same kernels, into one folder
+
+
+@pytest.fixture
+def compiled() -> Iterator[None]:
+    """mx.compile does what it does for a user."""
+    mx.enable_compile()
+    compiles.cache_clear()
+    if not compiles():
+        pytest.fail("mx.compile does nothing here; on Linux it needs g++")
+    yield
+    mx.disable_compile()
+    compiles.cache_clear()
+
 
 FIXTURES = Path(__file__).parent / "fixtures"
 VARIANTS = ["gemma4_ple", "gemma4_keqv", "gemma4_moe", "gemma4_unified"]

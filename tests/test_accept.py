@@ -13,6 +13,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from conftest import needs_compiler
 from mlx_lm.sample_utils import (
     apply_min_p,
     apply_top_k,
@@ -352,6 +353,8 @@ def test_a_broken_draft_distribution_keeps_nothing_and_chooses_from_the_target(v
     assert kept.count.tolist() == [0] and kept.tokens[0, 0].item() == 1
 
 
+@needs_compiler
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize(
     ("propose", "sampler"),
     [(_sampled, Greedy()), (_coupled, Sample(**FILTERS["all"])), (_sampled, Sample(**FILTERS["all"]))],

@@ -10,22 +10,25 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import FIXTURES
+from conftest import FIXTURES, needs_compiler
 
 VARIANT = str(FIXTURES / "gemma4_keqv")
 QWEN = str(FIXTURES / "qwen3_5_dense")
 FIGURES = {
     "text", "tokens", "prompt_tokens", "prompt_tps", "generation_tokens", "generation_tps", "ttft_s",
     "finish_reason", "rounds", "tokens_per_round", "drafted", "accepted", "accepted_per_position",
+    "copied", "copied_accepted", "compiled",
     "commit_ms", "draft_ms", "verify_ms", "host_ms", "depth", "depth_reason", "alarm", "memory", "model",
     "drafter", "versions",
 }  # fmt: skip
 
 
-def run(*arguments: str, stdin: str | bytes = "") -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, stdin: str | bytes = "", replay: bool = False) -> subprocess.CompletedProcess[str]:
+    """The command; unless a test is about replayed rounds, no time is spent on compiling kernels."""
     given = stdin.encode() if isinstance(stdin, str) else stdin
     program = [str(Path(sys.executable).parent / "mtp-mlx"), *arguments]
-    done = subprocess.run(program, input=given, capture_output=True, timeout=120, check=False)
+    variables = os.environ if replay else {**os.environ, "MLX_DISABLE_COMPILE": "1"}
+    done = subprocess.run(program, input=given, capture_output=True, timeout=120, check=False, env=variables)
     return subprocess.CompletedProcess(program, done.returncode, done.stdout.decode(), done.stderr.decode())
 
 
@@ -79,6 +82,28 @@ def test_every_depth_writes_the_same_text() -> None:
     assert len(sampled) == 1 and sampled != texts
 
 
+@needs_compiler
+def test_replayed_rounds_write_the_same_text() -> None:
+    options = ("generate", "for i in", "--model", VARIANT, "-m", "30", "--depth", "2", "--json")
+    built, replayed = (json.loads(run(*options, replay=replay).stdout) for replay in (False, True))
+    assert built["tokens"] == replayed["tokens"]
+    assert (built["compiled"], replayed["compiled"]) == (False, True)
+
+
+def test_rules_of_sampling_are_the_same_at_every_depth() -> None:
+    rules = ("--temp", "0.9", "--xtc-probability", "0.3", "--seed", "5", "--repetition-penalty", "1.3")
+    more = ("--presence-penalty", "0.4", "--frequency-penalty", "0.2", "--logit-bias", "7=4", "--logit-bias", "9=-2")
+    texts = [figures("for i in", "-m", "30", "--depth", depth, *rules, *more)["tokens"] for depth in ("0", "3")]
+    assert texts[0] == texts[1]
+
+
+def test_what_the_caller_predicts_is_copied(tmp_path: Path) -> None:
+    text = generate("for i in", "-m", "40", "--no-stats", "--depth", "0").stdout
+    (tmp_path / "text").write_text(text)
+    found = figures("for i in", "-m", "40", "--depth", "1", "--prediction", str(tmp_path / "text"))
+    assert found["copied_accepted"] > 20  # type: ignore[operator]
+
+
 def test_the_prompt_comes_from_standard_input() -> None:
     piped = figures("--max-tokens", "5", stdin="Grüße, 世界")
     assert piped["tokens"] == figures("Grüße, 世界", "--max-tokens", "5")["tokens"]
@@ -121,6 +146,11 @@ def test_drafts_are_coloured_on_a_terminal() -> None:
 
 
 BAD: dict[str, tuple[Callable[[], subprocess.CompletedProcess[str]], str]] = {
+    "way of drafting": (lambda: generate("x", "--drafts", "best"), "is not one of auto, coupled, argmax, sampled"),
+    "temperature of drafts": (lambda: generate("x", "--draft-temp", "0.5"), "is for --drafts sampled"),
+    "bias": (lambda: generate("x", "--logit-bias", "7:4"), "is not ID=VALUE"),
+    "bias of nothing": (lambda: generate("x", "--logit-bias", "999=4"), "the model's ids end at 319"),
+    "prediction": (lambda: generate("x", "--prediction", "./nowhere"), "cannot be read"),
     "missing folder": (lambda: generate("x", "--model", "/nowhere/at/all"), "is not a folder"),
     "folder without config": (lambda: generate("x", "--model", str(FIXTURES)), "no config.json"),
     "drafter as model": (lambda: generate("x", "--model", VARIANT + "/assistant"), "is a drafter"),

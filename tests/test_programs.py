@@ -1,11 +1,10 @@
 """Replayed rounds are the rounds as they are built, and nothing is copied on the way."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import mlx.core as mx
 import pytest
-from conftest import Forced, DialledDrafter, certain, gap, run_rounds, tiny_pair, varied_tokens
+from conftest import DialledDrafter, Forced, certain, gap, needs_compiler, run_rounds, tiny_pair, varied_tokens
 from test_rounds import EXACT
 
 from mtp_mlx.cache import Cache, FullCache, RecurrentCache, SlidingCache
@@ -14,19 +13,6 @@ from mtp_mlx.programs import Programs, compiles
 from mtp_mlx.rounds import Sequence
 from mtp_mlx.sampling import Greedy, Sample
 from mtp_mlx.types import Output, Pair, Pick, Span, State
-
-needs_compiler = pytest.mark.xdist_group("compiler")  # so that no kernel is compiled twice
-
-
-@pytest.fixture
-def compiled() -> Iterator[None]:
-    mx.enable_compile()
-    compiles.cache_clear()
-    if not compiles():
-        pytest.fail("mx.compile does nothing here; on Linux it needs g++")
-    yield
-    mx.disable_compile()
-    compiles.cache_clear()
 
 
 @needs_compiler

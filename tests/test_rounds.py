@@ -48,7 +48,7 @@ def _prompts(variant: str) -> list[int]:
     return [*PROMPTS, WINDOW + 2] if variant in QWEN else PROMPTS
 
 
-HIT_RATES = [0.0, 0.5, 0.8, 1.0]
+HIT_RATES = [0.0, 0.7, 1.0]
 LENGTH = 36  # tokens generated: from the shortest prompt on, twice the window
 EXACT = 2e-4  # float32, when the order of the keys in the ring differs; equal to the bit otherwise
 
@@ -93,7 +93,7 @@ def test_every_kept_row_equals_plain_decoding_along_a_varied_text(variant: str, 
     partial: set[int] = set()
     for length in _prompts(variant):
         text, forced, expected = _forced_rows(variant, length)
-        for rate in HIT_RATES:
+        for rate in (0.5, 0.85):
             drafter = DialledDrafter.dial(text, rate, seed=k)
             tokens, rows, accepted = run_rounds(target, drafter, forced, text[:length], LENGTH, k, STEP)
             assert tokens == text[length : length + LENGTH]

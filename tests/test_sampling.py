@@ -7,6 +7,7 @@ from typing import Any, cast
 import mlx.core as mx
 import numpy as np
 import pytest
+from conftest import needs_compiler
 from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p, apply_xtc
 
 from mtp_mlx import sampling
@@ -150,6 +151,8 @@ def test_a_draw_depends_on_logits_seed_and_position_only(options: dict[str, Any]
     assert sampler(rows, _keys(7, 101, 9))[0].tolist() != whole
 
 
+@needs_compiler
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("options", [FILTERS[0], FILTERS[3], FILTERS[6], FILTERS[7]])
 @pytest.mark.parametrize("width", [2, 1031])
 def test_compiled_equals_uncompiled(options: dict[str, Any], width: int) -> None:
@@ -166,6 +169,8 @@ def test_compiled_equals_uncompiled(options: dict[str, Any], width: int) -> None
     assert mx.allclose(mx.exp(law), mx.exp(compiled_law), rtol=1e-5, atol=1e-8)
 
 
+@needs_compiler
+@pytest.mark.usefixtures("compiled")
 def test_the_random_state_of_the_process_is_left_alone() -> None:
     mx.random.seed(11)
     state = cast(list[mx.array], mx.random.state)
