@@ -37,8 +37,9 @@ DEFAULT_PREFILL_STEP = 2048
 class Response(GenerationResponse):
     """mlx-lm's response, and where the token comes from.
 
-    `origin` is "accepted" for a draft that was kept, "copied" for one that came from earlier text, "correction" for the target's token in place of a wrong
-    draft, "bonus" for its token after a draft that was right throughout, "plain" where nothing was drafted.
+    `origin` is "accepted" for a draft that was kept, "copied" for one that came from earlier or predicted text,
+    "correction" for the target's token in place of a wrong draft, "bonus" for its token after a draft that was right
+    throughout, "plain" where nothing was drafted.
     """
 
     origin: Origin = "plain"

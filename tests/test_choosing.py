@@ -32,7 +32,7 @@ from mtp_mlx.depth import Fixed, choose_depth
 from mtp_mlx.ngram import NoDrafter
 from mtp_mlx.penalties import Penalties
 from mtp_mlx.rounds import Sequence, rounds
-from mtp_mlx.sampling import Greedy, Sample
+from mtp_mlx.sampling import Greedy, Sample, Sampler
 from mtp_mlx.types import Drafter, Pair, Target
 
 FAMILIES = ["gemma4_keqv", "qwen3_5_tied"]
@@ -44,7 +44,7 @@ PENALTIES = {
     "bias": Penalties(bias=((176, -float("inf")), (5, 12.0), (7, 12.0))),
     "all": Penalties(repetition=1.2, presence=0.5, frequency=0.4, frequency_context=60, bias=((9, 2.0),)),
 }
-SAMPLERS = {
+SAMPLERS: dict[str, Sampler] = {
     "greedy": Greedy(),
     "temperature": Sample(1.0),
     "top-p": Sample(0.9, top_p=0.8),
