@@ -163,15 +163,14 @@ def _table(report: Report, temperature: float) -> Table:
 
 def _difference(c: Comparison, numerics: Numerics, tokenizer: TokenizerWrapper) -> Iterator[str]:
     """Where a text leaves plain decoding's, and what that means."""
-    where = f"{c.prompt}, depth {c.depth}"
     if c.first:
         mine, other = (_token(tokenizer, token) for token in (c.first.plain, c.first.other))
         apart = "" if c.first.gap is None else f", {c.first.gap:.2g} nats apart"
-        yield f"{where}: token {c.first.place} is {other} in place of {mine}{apart}"
+        yield f"{c.where}: token {c.first.place} is {other} in place of {mine}{apart}"
     if c.first and c.drawn and c.first.gap is not None:
-        yield f"{where}: rounding makes texts with one seed differ by there in up to {c.first.chance:.1%} of all cases"
+        yield f"{c.where}: rounding alone parts texts of one seed by there in up to {c.first.chance:.1%} of cases"
     elif c.first:
-        yield f"{where}: rounding can swap tokens up to {numerics.nearness:.2g} nats apart"
+        yield f"{c.where}: rounding can swap tokens up to {numerics.nearness:.2g} nats apart"
 
 
 def _token(tokenizer: TokenizerWrapper, token: int | None) -> str:

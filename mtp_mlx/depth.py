@@ -157,7 +157,7 @@ class Adaptive:
         if not sizes or (self.trial and self.trial.k == 1 and not self.costs.known(1)):
             return 0
         best = max(sizes, key=self.copy_rate)
-        drafting = max(self.par, self.rate(self.trial.k) if self.trial else 0.0)
+        drafting = max(self.rate(self.k), self.rate(self.trial.k) if self.trial else 0.0)
         # What is assumed of copies before any was seen may be bet on; what was seen of them is relied on.
         if self.copies.tokens(best, prior=0.0) > drafting * self.costs.time(best, copied=True):
             return max((size for size in sizes if size > best and self._worth_copying(size, best)), default=best)
@@ -167,7 +167,7 @@ class Adaptive:
         """Whether a longer copy, not timed lately, might be better and is affordable if not: rows may come in tiles."""
         known, time = self.costs.known(size, copied=True), self.costs.time(size, copied=True)
         at_best = self.copies.tokens(size) / self.costs.at_best(size, copied=True)
-        affordable = self._affords(time - self.copies.tokens(size) / self.par)
+        affordable = self._affords(time - self.copies.tokens(size) / self.rate(self.k))
         return not known and at_best > self.copy_rate(best) and affordable
 
     def observe(self, outcome: Outcome) -> None:
@@ -188,7 +188,7 @@ class Adaptive:
         drafted, copied, accepted = outcome[:3]
         time = min(self.costs.time(drafted, copied), (drafted + 1) * self.costs.time(0))
         in_use = drafted == self.k and not copied
-        self.budget.add(time, 0.0 if in_use else time - (accepted + 1) / self.par)
+        self.budget.add(time, 0.0 if in_use else time - (accepted + 1) / self.rate(self.k))
 
     def _learn(self, drafted: int, accepted: int) -> None:
         self.since_probe += 1
@@ -215,7 +215,7 @@ class Adaptive:
             return False
         steps = self.costs.time(trial.k) / self.costs.time(0)
         # Not even drafts that are all right would make it worth its time, and that time is no hiccup.
-        hopeless = trial.k + 1 < self.par * self.costs.time(trial.k) and steps < 1.25 * (trial.k + 1)
+        hopeless = trial.k + 1 < self.rate(self.k) * self.costs.time(trial.k) and steps < 1.25 * (trial.k + 1)
         return hopeless or self._better(trial.k) or trial.rounds >= TRIAL
 
     def _better(self, k: int) -> bool:
@@ -246,23 +246,18 @@ class Adaptive:
     def _conceivable(self, k: int) -> bool:
         """Whether a depth might be better: at the lowest time it may have, and with first drafts right once more."""
         tokens = 2.0 if self.k == 0 and k == 1 else self.drafts.tokens(k)
-        return tokens > GAIN * self.par * self.costs.at_best(k)
+        return tokens > GAIN * self.rate(self.k) * self.costs.at_best(k)
 
     def _loss(self, k: int) -> float:
         """What a round at another depth is expected to lose; no more than its rows one by one cost."""
         time = min(self.costs.time(k), (k + 1) * self.costs.time(0))
-        return max(0.0, time - self.drafts.tokens(k) / self.par)
+        return max(0.0, time - self.drafts.tokens(k) / self.rate(self.k))
 
     def _affords(self, loss: float) -> bool:
         return self.budget.affords(loss, self.costs.time(0))
 
     def spare(self) -> bool:
         return self.trial is None and self.costs.known(1) and self._affords(self._loss(1))
-
-    @property
-    def par(self) -> float:
-        """What every trial is held against: the rate of the depth in use, and no less than that of plain decoding."""
-        return max(self.rate(self.k), self.rate(0))
 
     def rate(self, k: int) -> float:
         """Expected tokens per unit of time with k drafts."""

@@ -6,8 +6,8 @@ target then reads them again, and what it says there is the measure. Why these c
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from itertools import count
+from dataclasses import asdict, dataclass, replace
+from itertools import count, pairwise
 from typing import Any, Literal, cast
 
 import mlx.core as mx
@@ -16,7 +16,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mtp_mlx.accept import normalise
 from mtp_mlx.errors import RequestError
-from mtp_mlx.generate import stream_generate
+from mtp_mlx.generate import DEFAULT_PREFILL_STEP, stream_generate
 from mtp_mlx.sampling import Greedy, Sampler, keys
 from mtp_mlx.stats import Stats
 from mtp_mlx.types import Pair, Span, Target
@@ -161,6 +161,10 @@ class Comparison:
     shift: float  # nats by which the rows it was chosen from differ from the target's, on average
     strays: int  # tokens that the sampler does not choose from the row they are said to come from
 
+    @property
+    def where(self) -> str:
+        return f"{self.prompt}, depth {self.depth}{', drawn' if self.drawn else ''}"
+
     def verdict(self, numerics: Numerics) -> Verdict:
         if self.fault(numerics):
             return "fault"
@@ -228,7 +232,7 @@ class Report:
 
     def faults(self) -> list[str]:
         """One line each. A suspicion that more tokens have cleared is none."""
-        found = [(f"{c.prompt}, depth {c.depth}: ", c.fault(self.numerics)) for c in self.comparisons]
+        found = [(f"{c.where}: ", c.fault(self.numerics)) for c in self.comparisons]
         found += [("", fit.fault(self.numerics)) for fit in self.fits[-1:]]
         return [*self.numerics.faults(), *(where + fault for where, fault in found if fault)]
 
@@ -277,6 +281,7 @@ def verify(pair: Pair, tokenizer: TokenizerWrapper, prompts: Prompts, plan: Plan
     Raises RequestError without a drafter or with a plan that proves nothing.
     """
     plan.check(pair.drafter.limit)
+    assert prompts, "nothing to generate from"
     writer = _Writer(pair, tokenizer, prompts, plan.tokens)
     greedy: list[Comparison] = []
     changes: dict[int | None, list[mx.array]] = {}
@@ -288,13 +293,15 @@ def verify(pair: Pair, tokenizer: TokenizerWrapper, prompts: Prompts, plan: Plan
         for depth in plan.depths:
             watch(f"{name}: depth {depth}")
             greedy.append(compare(pair.target, plain, writer.write(name, depth, Greedy(), plan.seed)))
-    fits: list[Fit] = []
-    if plan.sampler is not None:
-        fits.append(_draw(writer, plan, plan.sampler, 0, plan.drawn, watch, pairs=len(prompts)))
-        if fits[0].p_value < SUSPICIOUS and not fits[0].astray:
-            # Other seeds, so that the second judgement owes nothing to the first.
-            fits.append(_draw(writer, plan, plan.sampler, fits[0].texts, MORE * plan.drawn, watch, pairs=0))
-    return Report(numerics(plain.rows.dtype, changes), tuple(greedy), tuple(fits))
+    report = Report(numerics(plain.rows.dtype, changes), tuple(greedy), ())
+    if plan.sampler is None:
+        return report
+    first = _draw(writer, plan, plan.sampler, 0, plan.drawn, watch, pairs=len(prompts))
+    if first.p_value >= SUSPICIOUS or first.astray or report.faults():
+        return replace(report, fits=(first,))
+    # Other seeds, so that the second judgement owes nothing to the first.
+    second = _draw(writer, plan, plan.sampler, first.texts, MORE * plan.drawn, watch, pairs=0)
+    return replace(report, fits=(first, second))
 
 
 @dataclass(frozen=True)
@@ -351,16 +358,15 @@ def reread(target: Target, run: Run, rows: int | None) -> mx.array:
     known, end = len(run.prompt) - 1, ids.shape[1]
     cache = target.make_cache()
     cache.reserve(end + 1 + (rows or 0))
-    if known:
-        target(ids[:, :known], cache, Span(0, known))
-        cache.commit(known)
     read = []
-    for start in range(known, end, rows or end):
-        block = ids[:, start : start + (rows or end)]
-        span = Span(start, block.shape[1]) if rows is None else cache.span(block.shape[1])
-        read.append(normalise(target(block, cache, span).logits[0]))
-        cache.commit(block.shape[1])
-        mx.eval(read[-1], cache.arrays())
+    for start, stop in pairwise([*range(0, known, DEFAULT_PREFILL_STEP), *range(known, end, rows or end), end]):
+        as_prompt = rows is None or start < known
+        span = Span(start, stop - start) if as_prompt else cache.span(stop - start)
+        logits = target(ids[:, start:stop], cache, span).logits
+        cache.commit(span.length)
+        if start >= known:
+            read.append(normalise(logits[0]))
+        mx.eval(read[-1:], cache.arrays())
     return mx.concatenate(read)
 
 
@@ -479,10 +485,11 @@ class Draws:
     @property
     def p_value(self) -> float:
         """How likely counts at least as far from the expected ones are, if they have the target's distribution."""
-        tested = self._tested()
+        tested, rare = self._tested(), 1 + np.flatnonzero(self.expected[1:] < ENOUGH)
         off = (self.observed - self.expected)[tested]
         distance = off @ np.linalg.solve(self.covariance[np.ix_(tested, tested)], off)
-        return chi_square_tail(float(distance), len(tested))
+        too_many = chernoff(float(self.observed[rare].sum()), float(self.expected[rare].sum()))
+        return min(1.0, 2 * chi_square_tail(float(distance), len(tested)), 2 * too_many)
 
     def _tested(self) -> np.ndarray:
         """Not the first class, as it follows from the others, and none whose count is too small to be normal."""
@@ -498,3 +505,12 @@ def chi_square_tail(x: float, freedom: int) -> float:
         tail += math.exp(a * math.log(x / 2) - x / 2 - math.lgamma(a + 1))
         a += 1
     return tail
+
+
+def chernoff(seen: float, expected: float) -> float:
+    """At most so likely are so many or more of things that are rare and known to be expected so often.
+
+    One is always expected: rounding moves a token across the edge of a filter now and then.
+    """
+    expected = max(expected, 1.0)
+    return math.exp(seen - expected - seen * math.log(seen / expected)) if seen > expected else 1.0

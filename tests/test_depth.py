@@ -180,6 +180,15 @@ def test_where_rows_cost_as_much_as_tokens_nothing_is_drafted_for_long(p: float)
     assert mean(speeds) > 0.965 and min(speeds) > 0.94
 
 
+def test_a_trial_that_cannot_pay_is_broken_off() -> None:
+    """Two drafted rounds tell what a row costs here: not even drafts that are all right would be worth that."""
+    for copying in (0.0, 1.0):
+        machine, policy = Machine("row by row", 0.5, noise=JITTERY, copying=(copying, 0.9)), Measured()
+        for _ in range(20):
+            machine.round(policy)
+        assert machine.choices == [Choice(0)] * 2 + [Choice(1)] * 2 + [Choice(0)] * 16
+
+
 @pytest.mark.parametrize("curve", ["flat", "M5 Max", "M4 Pro", "M1, affine"])
 def test_a_text_that_turns_hard_and_easy_again_is_followed(curve: str) -> None:
     def p(tokens: int) -> float:
@@ -549,6 +558,16 @@ def test_nothing_is_drafted_while_the_drafter_is_not_ready() -> None:
             policy.observe(Outcome(0, False, 0, False, 0.01))
 
 
+def test_a_drafter_that_is_kept_from_drafting_for_long_is_gone_back_to() -> None:
+    machine, policy = Machine("M5 Max", 0.9), Checked(Measured())
+    machine.play(policy, 200)
+    for _ in range(2 * FORGET_AFTER):
+        assert machine.round(policy, most=0).drafted == 0
+    for _ in range(2 * PROBE_AFTER):
+        machine.round(policy)
+    assert policy.k > 0
+
+
 def test_asking_changes_nothing() -> None:
     asked, watched = Checked(Measured()), Checked(Measured())
     machine, twin = Machine("M4 Pro", 0.6, copying=(0.2, 0.7)), Machine("M4 Pro", 0.6, copying=(0.2, 0.7))
@@ -576,6 +595,8 @@ def test_a_drafter_that_never_hits_is_given_up_and_the_reason_named(policy: int)
 @pytest.mark.parametrize("reproducible", [False, True])
 def test_a_policy_that_stops_drafting_is_overruled_where_drafts_are_cheap(reproducible: bool) -> None:
     machine, checked = Machine("M5 Max", 0.0, noise=JITTERY), choose_depth("auto", 31, reproducible)
+    machine.play(checked, 20)
+    assert checked.choose(most=0) == Choice(0), "but not before the drafter is ready"
     machine.play(checked, 1000 if reproducible else 250)
     assert checked.alarm and machine.depths[-20:] == [0] * 20
 
