@@ -162,15 +162,17 @@ def _table(report: Report, temperature: float) -> Table:
 
 
 def _difference(c: Comparison, numerics: Numerics, tokenizer: TokenizerWrapper) -> Iterator[str]:
-    """Where a text leaves plain decoding's, and what that means."""
-    if c.first:
-        mine, other = (_token(tokenizer, token) for token in (c.first.plain, c.first.other))
-        apart = "" if c.first.gap is None else f", {c.first.gap:.2g} nats apart"
-        yield f"{c.where}: token {c.first.place} is {other} in place of {mine}{apart}"
-    if c.first and c.drawn and c.first.gap is not None:
-        yield f"{c.where}: rounding alone parts texts of one seed by there in up to {c.first.chance:.1%} of cases"
-    elif c.first:
-        yield f"{c.where}: rounding can swap tokens up to {numerics.nearness:.2g} nats apart"
+    """Where a text leaves plain decoding's, and what rounding has to do with it."""
+    if c.first is None:
+        return
+    plain, other = (_token(tokenizer, token) for token in (c.first.plain, c.first.other))
+    if c.first.gap is None:
+        judged = "of which rounding is no cause"
+    elif c.drawn:
+        judged = f"rounding alone parts texts of one seed by there in up to {c.first.chance:.2g} of all cases"
+    else:
+        judged = f"{c.first.gap:.2g} nats less probable, rounding explains {numerics.nearness:.2g}"
+    yield f"{c.where}: token {c.first.place + 1} is {other} in place of {plain}; {judged}"
 
 
 def _token(tokenizer: TokenizerWrapper, token: int | None) -> str:

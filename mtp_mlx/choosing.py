@@ -130,6 +130,7 @@ class Callables:
 
     sampler: Sampler | Callable[[mx.array], mx.array]  # ours, or (1, V) log-probabilities -> (1,)
     processors: Sequence[Callable[[mx.array, mx.array], mx.array]] = ()  # (tokens so far, (1, V) logits) -> logits
+    stops: frozenset[int] = frozenset()  # tokens that end the text: after one of them nobody is asked
 
     @property
     def rules(self) -> Rules:
@@ -147,7 +148,7 @@ class Callables:
                 row = processor(so_far, row)
             rows.append(normalise(row))
             tokens.append(self._draw(rows[-1], seed, len(text) + j))
-            if tokens[-1] != drafted:
+            if tokens[-1] != drafted or drafted in self.stops:
                 break
             so_far = mx.concatenate([so_far, mx.array(tokens[-1:], mx.int32)])
         likely = bool(draft) and mx.argmax(rows[0]).item() == draft[0]

@@ -16,7 +16,7 @@ from mtp_mlx.choosing import Callables, Drafts, Rules
 from mtp_mlx.copying import Copies
 from mtp_mlx.depth import Depth, choose_depth
 from mtp_mlx.errors import RequestError
-from mtp_mlx.ngram import NoDrafter
+from mtp_mlx.ngram import NOBODY
 from mtp_mlx.penalties import Penalties
 from mtp_mlx.programs import compiles
 from mtp_mlx.rounds import Round, Sequence, rounds
@@ -71,9 +71,9 @@ def stream_generate(
     `sampler` is `Greedy()` (the default), a `Sample(...)`, or any sampler of mlx-lm's kind; `penalties` are computed
     with the round, `logits_processors` are callables of mlx-lm's kind and see each row with its own text before it.
     With a `seed` the text is the same at every depth and on every run, and "auto" chooses depths without a clock;
-    without one the seed is drawn from MLX's random state. `drafts` says how drafts are drawn at a temperature, see
-    `mtp_mlx.Rules`: with a seed the default is "coupled", without one the sampler itself, whose drafts are accepted a
-    little more often; the text then depends on what was drafted, its distribution does not.
+    without one, depths may follow a clock and sampled text may differ from run to run. `drafts` says how drafts are
+    drawn at a temperature, see `mtp_mlx.Rules`: with a seed the default is "coupled", without one the sampler itself,
+    whose drafts are accepted a little more often; the text then depends on what was drafted, its distribution does not.
 
     With `lookup` and depth "auto", what follows an earlier occurrence of the text's latest tokens is tried in place of
     the drafter's proposals where that pays; `prediction` is text that the output is expected to resemble, tried in the
@@ -91,12 +91,14 @@ def stream_generate(
         check_seed(seed)
     if drafts is None:
         drafts = sampler if seed is None and isinstance(sampler, Sample) else "coupled"
-    chooser = choose_rules(pair, sampler, penalties, logits_processors, drafts)
+    stops = frozenset(tokenizer.eos_token_ids)
+    chooser = choose_rules(pair, sampler, penalties, logits_processors, drafts, stops)
     policy = _policy(pair, depth, reproducible=seed is not None)
     predicted = [] if prediction is None else encode(tokenizer, prediction, special=False)
+    check_tokens(predicted, pair.target.vocabulary)
     copies = Copies(ids, predicted) if depth != 0 and (predicted or (lookup and depth == "auto")) else None
     # At depth 0 nobody has to keep a drafter up to date.
-    running = pair if depth != 0 else replace(pair, drafter=NoDrafter())
+    running = pair if depth != 0 else replace(pair, drafter=NOBODY)
     progress = prompt_progress_callback or _ignore
     with _wired():
         mx.reset_peak_memory()
@@ -124,9 +126,12 @@ def _policy(pair: Pair, depth: int | str, reproducible: bool) -> Depth:
     """The policy of a text. What a clock has measured of a pair serves its next texts too."""
     if depth != "auto" or reproducible:
         return choose_depth(depth, pair.drafter.limit, reproducible)
-    policy: Depth = pair.measured.setdefault("auto", choose_depth("auto", pair.drafter.limit))
+    drafter, policy = pair.measured.get("auto", (None, None))
+    if policy is None or drafter is not pair.drafter:  # a copy of a pair may have another drafter
+        policy = choose_depth("auto", pair.drafter.limit)
+        pair.measured["auto"] = pair.drafter, policy
     policy.begin()
-    return policy
+    return cast(Depth, policy)
 
 
 def choose_rules(
@@ -135,6 +140,7 @@ def choose_rules(
     penalties: Penalties | None,
     logits_processors: Iterable[Callable[[mx.array, mx.array], mx.array]] | None,
     drafts: Drafts,
+    stops: frozenset[int],
 ) -> Rules | Callables:
     """How tokens are chosen, by what a caller gave. Raises RequestError for what does not go together."""
     processors = tuple(logits_processors or ())
@@ -144,8 +150,8 @@ def choose_rules(
         raise RequestError(f'drafts {drafts!r} is neither "coupled" nor "argmax" nor a Sample')
     if sampler is None or isinstance(sampler, Greedy | Sample):
         rules = Rules(sampler or Greedy(), chosen, drafts)
-        return Callables(rules.sampler, (*_as_processors(chosen), *processors)) if processors else rules
-    return Callables(sampler, (*_as_processors(chosen), *processors))
+        return Callables(rules.sampler, (*_as_processors(chosen), *processors), stops) if processors else rules
+    return Callables(sampler, (*_as_processors(chosen), *processors), stops)
 
 
 def _as_processors(penalties: Penalties) -> list[Callable[[mx.array, mx.array], mx.array]]:
@@ -162,7 +168,7 @@ def _as_processors(penalties: Penalties) -> list[Callable[[mx.array, mx.array], 
 
 
 def draw_seed() -> int:
-    """A seed from MLX's random state, so that mx.random.seed makes a run without a seed of its own repeatable."""
+    """A seed from MLX's random state."""
     return cast(int, mx.random.randint(0, 2**31 - 1).item())
 
 

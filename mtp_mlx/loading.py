@@ -19,7 +19,7 @@ from mlx_lm.utils import load_tokenizer
 from mtp_mlx.checkpoint import Checkpoint, read_header, read_json
 from mtp_mlx.errors import CheckpointError, PairError, RequestError
 from mtp_mlx.models import base, gemma4, gemma4_assistant, qwen3_5, qwen3_5_mtp
-from mtp_mlx.ngram import NoDrafter
+from mtp_mlx.ngram import NOBODY
 from mtp_mlx.types import Drafter, Pair, Target
 
 DEMO = "demo"
@@ -208,7 +208,7 @@ def load_pair(model: str = DEMO, drafter: str | None = "auto", dtype: mx.Dtype |
     # Before the target, which may take minutes: a mistyped drafter should be known at once.
     build_drafter = None if chosen is None else _drafter_builder(find(chosen), checkpoint)
     target = build(checkpoint, dtype)
-    built: Drafter = NoDrafter() if build_drafter is None else build_drafter(dtype, target)
+    built: Drafter = NOBODY if build_drafter is None else build_drafter(dtype, target)
     return Loaded(Pair(target, built), _tokenizer(checkpoint), model, chosen, reason)
 
 

@@ -21,7 +21,10 @@ KEPT = 64  # traced steps; a caller with ever new settings must not fill the mem
 
 
 class Programs:
-    """Traced steps, shared by all sequences of a pair."""
+    """Traced steps, shared by all sequences of a pair.
+
+    A trace holds the weights that a model had when it was made: whoever changes them afterwards needs a new pair.
+    """
 
     def __init__(self) -> None:
         self._traced: OrderedDict[Hashable, _Traced] = OrderedDict()

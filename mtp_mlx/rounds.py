@@ -115,7 +115,7 @@ class Sequence:
         if not choice.sound:
             raise MTPError(
                 f"the model's logits after {self.length} tokens are not finite; the checkpoint or its "
-                "quantisation is damaged"
+                "quantisation is damaged, or a penalty or bias is out of all proportion"
             )
         kept, k = len(choice.tokens), draft.tokens.shape[1]
         self._block = _Block(block, hidden, None, kept)

@@ -154,8 +154,8 @@ def choose_sampler(
 
 def check_seed(seed: int) -> None:
     """Raises RequestError for a seed that is not one word of a key."""
-    if not 0 <= seed < 2**32:
-        raise RequestError(f"seed {seed} must lie between 0 and {2**32 - 1}")
+    if not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise RequestError(f"seed {seed!r} must be a whole number between 0 and {2**32 - 1}")
 
 
 def keys(seed: mx.array, positions: mx.array) -> mx.array:

@@ -15,9 +15,10 @@ import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mtp_mlx.accept import normalise
+from mtp_mlx.choosing import Drafts
 from mtp_mlx.errors import RequestError
 from mtp_mlx.generate import DEFAULT_PREFILL_STEP, stream_generate
-from mtp_mlx.sampling import Greedy, Sampler, keys
+from mtp_mlx.sampling import Greedy, Sample, Sampler, keys
 from mtp_mlx.stats import Stats
 from mtp_mlx.types import Pair, Span, Target
 
@@ -313,10 +314,10 @@ class _Writer:
     prompts: Prompts
     tokens: int
 
-    def write(self, name: str, depth: int | str, sampler: Sampler, seed: int) -> Run:
+    def write(self, name: str, depth: int | str, sampler: Sampler, seed: int, drafts: Drafts = "coupled") -> Run:
         prompt = self.prompts[name]
-        run = stream_generate(self.pair, self.tokenizer, prompt, self.tokens, depth=depth, sampler=sampler, seed=seed)
-        responses = list(run)
+        options: dict[str, Any] = {"depth": depth, "sampler": sampler, "seed": seed, "drafts": drafts}
+        responses = list(stream_generate(self.pair, self.tokenizer, prompt, self.tokens, **options))
         rows = mx.stack([response.logprobs for response in responses])
         tokens = [response.token for response in responses]
         return Run(name, prompt, depth, sampler, seed, tokens, rows, responses[-1].stats)
@@ -335,11 +336,15 @@ def _draw(writer: _Writer, plan: Plan, sampler: Sampler, skip: int, wanted: int,
         watch(f"drawing {wanted} tokens: {draws.tokens}")
         name, depth = names[text % len(names)], depths[text // len(names) % len(depths)]
         seed = (plan.seed + skip + text) % 2**32
-        run = writer.write(name, depth, sampler, seed)
+        # Every other text that is not compared is drafted as without a seed: drawn by chance and tested by rejection.
+        rejected = isinstance(sampler, Sample) and text >= pairs and text % 2 == 1
+        run = writer.write(
+            name, depth, sampler, seed, sampler if rejected and isinstance(sampler, Sample) else "coupled"
+        )
         truth = reread(target, run, None)
         draws += Draws.of(run.law(truth), run.tokens)
         shift += _number(changed(truth, run.rows).sum())
-        strays += run.strays()
+        strays += 0 if rejected else run.strays()
         accepted, rounds = accepted + run.stats.accepted, rounds + run.stats.rounds
         if text < pairs:
             compared.append(compare(target, writer.write(name, 0, sampler, seed), run))

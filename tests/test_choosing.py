@@ -158,6 +158,21 @@ def test_a_processor_with_a_state_is_called_as_in_plain_decoding(variant: str, s
         assert diary.seen[0] == prompt and diary.seen[5] == prompt + truth[:5]
 
 
+def test_nobody_is_asked_after_a_stop_inside_an_accepted_run() -> None:
+    target, _ = tiny("gemma4_keqv")
+    prompt = varied_tokens(10)
+    truth = write(target, NoDrafter(), Callables(Greedy(), [Diary()]), prompt, 0, 0)
+    place = next(i for i in range(4, LENGTH) if truth[i] not in truth[:i])
+    diary = Diary()
+    chooser = Callables(Greedy(), [diary], frozenset([truth[place]]))
+    sequence = Sequence(Pair(target, DialledDrafter.dial(prompt + truth, 1.0), PROGRAMS), chooser)
+    sequence.prefill(prompt, 2048, lambda done, total: None)
+    text: list[int] = []
+    while truth[place] not in text:
+        text += sequence.round(5).tokens
+    assert text == truth[: place + 1] and len(diary.seen) == place + 1
+
+
 @pytest.mark.parametrize("variant", FAMILIES)
 @pytest.mark.parametrize("size", [1, 3, 7, 15, 31])
 def test_copies_that_are_right_so_far_are_kept_so_far(variant: str, size: int) -> None:

@@ -141,10 +141,14 @@ def _first(run: Iterator[Response]) -> Response:
         ("x", {"prefill_step_size": 0}, "at least 1"),
         ([5, 320], {}, "token 320"),
         ([-1, 5], {}, "token -1"),
+        ("x", {"prediction": [320]}, "token 320"),
+        ("x", {"seed": -1}, "seed -1 must be"),
+        ("x", {"seed": 2**32}, "must be a whole number between"),
+        ("x", {"drafts": "best"}, "neither"),
     ],
 )
 def test_what_cannot_be_served_is_refused(
-    prompt: str | list[int], options: dict[str, int], message: str, tokenizer: TokenizerWrapper, pair: Pair
+    prompt: str | list[int], options: dict[str, object], message: str, tokenizer: TokenizerWrapper, pair: Pair
 ) -> None:
     with pytest.raises(RequestError, match=message):
         _first(stream_generate(pair, tokenizer, prompt, **options))  # type: ignore[arg-type]

@@ -5,10 +5,11 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -18,11 +19,12 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 import mtp_mlx
 from mtp_mlx import choosing
+from mtp_mlx import verify as verify_module
 from mtp_mlx.accept import accept
 from mtp_mlx.cache import Cache
 from mtp_mlx.cli.verify import PROMPTS, read_prompts
 from mtp_mlx.errors import RequestError
-from mtp_mlx.generate import encode
+from mtp_mlx.generate import Response, encode, stream_generate
 from mtp_mlx.ngram import NoDrafter
 from mtp_mlx.sampling import Greedy, Sample, Sampler, draw, keys
 from mtp_mlx.stats import Stats
@@ -189,6 +191,14 @@ def test_what_is_drawn_rightly_is_seldom_suspicious(certain: float) -> None:
     assert 0.03 < (found < 0.2).mean() < 0.2 and (found < 0.02).sum() <= 9 and (found < UNLIKELY).sum() == 0
 
 
+def test_counts_scatter_around_their_expectation_as_stated() -> None:
+    law = synthetic(40, 7, certain=0.0)
+    counted = [Draws.of(mx.array(law.astype(np.float32)), drawn(law, seed)) for seed in range(2000)]
+    seen = np.array([draws.observed for draws in counted])
+    assert np.abs(seen.mean(axis=0) - counted[0].expected).max() < 0.4
+    assert np.abs(np.cov(seen.T) - counted[0].covariance).max() < 0.1 * counted[0].covariance.max()
+
+
 def sharper(law: np.ndarray) -> np.ndarray:
     return normalised(law / 0.8)
 
@@ -338,10 +348,19 @@ def test_an_acceptance_that_changes_drawn_text_is_caught(broken: Accept, monkeyp
     assert report.verdict == "fault"
 
 
-def test_the_distribution_alone_gives_a_sampler_away() -> None:
+def test_the_distribution_alone_gives_a_sampler_away(monkeypatch: pytest.MonkeyPatch) -> None:
     """A sampler that does not draw from the law it states: every token is its choice, with and without drafts."""
+
+    def noting(*arguments: Any, **options: Any) -> Iterator[Response]:
+        if options["depth"] and options["sampler"] != Greedy():
+            seeds.append(options["seed"])
+        return stream_generate(*arguments, **options)
+
+    seeds: list[int] = []
+    monkeypatch.setattr(verify_module, "stream_generate", noting)
     report = verified(Plan((3,), 16, Dishonest(0.5), drawn=80), pair=tiny())
     assert [fit.strays for fit in report.fits] == [0, 0] and report.fits[1].tokens >= 320
+    assert seeds == list(range(len(seeds))), "a text that raised the suspicion has no say in the second judgement"
     assert report.fits[1].p_value < UNLIKELY and "do not have the target's distribution" in report.sentence()
 
 
@@ -419,6 +438,9 @@ def test_texts_that_part_are_judged_to_their_end() -> None:
     assert found.first is not None and found.first.place == 9 and found.shift < 1e-6
     rows = np.array(run.rows)
     assert found.gap == pytest.approx((rows.max(axis=1) - rows[np.arange(20), run.tokens]).max(), abs=1e-3)
+    # Where the texts part it is plain decoding's own row that counts.
+    unlikely = plain.rows - 50 * (mx.arange(320) == run.tokens[9])
+    assert compare(target, replace(plain, rows=unlikely), run).gap > 50
     shorter = compare(target, plain, replace(plain, tokens=text[:7], rows=plain.rows[:7]))
     longer = compare(target, replace(plain, tokens=text[:7], rows=plain.rows[:7]), plain)
     for cut, ends in ((shorter, (text[7], None)), (longer, (None, text[7]))):
