@@ -180,7 +180,7 @@ def _token(tokenizer: TokenizerWrapper, token: int | None) -> str:
 
 
 def _fit(fit: Fit, temperature: float) -> str:
-    judged = f"p = {fit.p_value:.2g}" if fit.classes else "too certain to tell"
+    judged = f"p = {fit.p_value:.2g}" if fit.classes else "too few or too certain to tell"
     return (
         f"Drawn at temperature {temperature:g}: {fit.tokens} tokens in {fit.texts} texts, {fit.tokens_per_round:.2f} "
         f"per round; against the target's distribution {judged}"

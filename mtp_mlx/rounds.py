@@ -23,6 +23,7 @@ Progress = Callable[[int, int], None]  # prompt tokens read so far, all prompt t
 # A write copies a buffer that something in flight still reads. So the target's writes wait for a draft that reads
 # its buffers, unless those are so small, in bytes, that copying them takes less time than waiting.
 COPIED = 2**24
+UNTOLD = 256  # blocks after which a drafter is told of them even though it is not asked
 WARM_UP = 2  # rounds whose phases are not timed: they are still being traced
 SPLIT_EVERY = 8  # of the others, one in so many waits between draft and verify to time them apart
 
@@ -68,6 +69,7 @@ class Sequence:
         self.text: list[int] = []
         self.ready = False  # whether the drafter has been told of the token before the newest one
         self._block: _Block | None = None
+        self._untold: list[tuple[mx.array, mx.array]] = []  # tokens and hiddens that the drafter has yet to learn of
 
     @property
     def length(self) -> int:
@@ -103,7 +105,7 @@ class Sequence:
         """
         assert self.text, "a prompt comes first"
         clock = Clock(split)
-        self._commit()
+        self._commit(tell=drafts != 0 and isinstance(drafts, int))
         clock.wait(self.cache.arrays(), self.state)
 
         draft = self._draft(drafts)  # (B, k)
@@ -154,18 +156,34 @@ class Sequence:
         clock.evaluate(report, logprobs, hidden, self.cache.arrays(), self.state)
         return hidden, read(report, logprobs)
 
-    def _commit(self) -> None:
-        """Keep what is right of the newest block, in the target's cache and in the drafter's state."""
-        if self._block is None:
-            return
-        tokens, hidden, start, kept = self._block
-        fixed = (kept == tokens.shape[1], self.ready, start)
-        arrays = (self.state, tokens, hidden, mx.array([kept], mx.int32))
-        if start is None:
-            state = self._run(steps.keep, self.pair.drafter, fixed, *arrays)
-        else:  # a prompt is read once, nothing of it would ever be replayed
-            state = steps.keep(self.pair.drafter, self.cache, fixed, *arrays)
-        self.state, self._block = tuple(state), None
+    def _commit(self, tell: bool = True) -> None:
+        """Keep what is right of the newest block, in the target's cache and in the drafter's state.
+
+        A drafter that is not asked next is told later, of many rows at once: plain decoding must not pay for it.
+        """
+        if self._block is not None:
+            tokens, hidden, start, kept = self._block
+            later = self.ready and bool(self._untold or not tell)
+            fixed = (kept == tokens.shape[1], self.ready and not later, start)
+            arrays = (self.state, tokens, hidden, mx.array([kept], mx.int32))
+            if start is None:
+                state = self._run(steps.keep, self.pair.drafter, fixed, *arrays)
+            else:  # a prompt is read once, nothing of it would ever be replayed
+                state = steps.keep(self.pair.drafter, self.cache, fixed, *arrays)
+            self.state, self._block = tuple(state), None
+            if later and self.pair.drafter.limit:
+                self._untold.append((tokens[:, :kept], hidden[:, :kept]))
+        if self._untold and (tell or len(self._untold) >= UNTOLD):
+            self._catch_up()
+
+    def _catch_up(self) -> None:
+        """Tell the drafter of the rows that it has not been told of; they end where the newest token stands."""
+        tokens = mx.concatenate([tokens for tokens, _ in self._untold], axis=1)
+        hidden = mx.concatenate([hidden for _, hidden in self._untold], axis=1)
+        rows = tokens.shape[1]
+        span = Span(self.length - rows, rows)
+        self.state = self.pair.drafter.advance(self.state, self.cache, tokens, span, hidden, mx.array([rows - 1]))
+        self._untold = []
 
     def _run(self, step: Step, model: Target | Drafter, fixed: Hashable, *arrays: Any) -> Any:
         return self.pair.programs.run(step, model, self.cache, fixed, *arrays)

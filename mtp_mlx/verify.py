@@ -30,6 +30,7 @@ SUSPICIOUS, MORE = 1e-2, 4  # a p-value below which more tokens are drawn, and h
 UNLIKELY = 1e-4  # a chance below which chance is no explanation
 STRAYS = 0.002  # share of drawn tokens that may differ from what their key draws: noise may be rounded otherwise
 LOOSER = 4.0  # how many times as much as reading it as a prompt a block of rows may change a text's numbers
+HARMLESS = 1e-4  # nats that nobody minds, should rounding be seen nowhere
 COARSEST = 2.0**-10  # float32 products may be rounded to this (TF32)
 TOP = 10  # tokens of a row whose log-probabilities are compared
 RANKS = (1, 2, 4, 8, 16, 32, 64)  # where classes of ranks end; the last class has no end
@@ -110,12 +111,21 @@ class Numerics:
     @property
     def nearness(self) -> float:
         """How far apart two tokens may lie for rounding to swap them: each moves by the largest change at most."""
-        return 2 * max(noise.largest for noise in (*self.blocks, self.prompt))
+        return max(2 * self._largest, HARMLESS)
 
     @property
     def bound(self) -> float:
         """How far rows may move on average by being verified in blocks."""
-        return max(LOOSER * self.prompt.mean, self.spacing)
+        return max(LOOSER * self.prompt.mean, self.spacing, HARMLESS)
+
+    @property
+    def reach(self) -> float:
+        """How far a single row may move."""
+        return max(LOOSER * self._largest, self.spacing, HARMLESS)
+
+    @property
+    def _largest(self) -> float:
+        return max(noise.largest for noise in (*self.blocks, self.prompt))
 
     def faults(self) -> list[str]:
         """What is too large to be rounding."""
@@ -128,11 +138,13 @@ class Numerics:
             if not noise.mean <= self.bound
         ]
 
-    def shifted(self, shift: float) -> str | None:
-        """What is wrong with rows that differ so much on average, if anything."""
-        if shift <= self.bound:
-            return None
-        return f"the target's log-probabilities are off by {shift:.2g} nats on average, {self.bound:.2g} may be"
+    def shifted(self, shift: float, jump: float) -> str | None:
+        """What is wrong with rows that differ so much on average and at most, if anything."""
+        if not shift <= self.bound:
+            return f"the target's log-probabilities are off by {shift:.2g} nats on average, {self.bound:.2g} may be"
+        if not jump <= self.reach:
+            return f"the target's log-probabilities are off by {jump:.2g} nats at one token, {self.reach:.2g} may be"
+        return None
 
 
 @dataclass(frozen=True)
@@ -160,6 +172,7 @@ class Comparison:
     first: Difference | None
     gap: float  # nats by which the worst token of the text falls short of its row's best
     shift: float  # nats by which the rows it was chosen from differ from the target's, on average
+    jump: float  # nats by which one of them does at most
     strays: int  # tokens that the sampler does not choose from the row they are said to come from
 
     @property
@@ -181,7 +194,7 @@ class Comparison:
             return f"another text for the same seed; rounding does that in {self.first.chance:.1g} of all cases"
         if not self.drawn and not self.gap <= numerics.nearness:
             return f"a token {self.gap:.2g} nats less probable than the best; rounding explains {numerics.nearness:.2g}"
-        return numerics.shifted(self.shift)
+        return numerics.shifted(self.shift, self.jump)
 
 
 @dataclass(frozen=True)
@@ -194,6 +207,7 @@ class Fit:
     classes: int  # how many classes of ranks the tokens were numerous enough for
     strays: int
     shift: float
+    jump: float
     tokens_per_round: float
     accepted: int
     pairs: tuple[Comparison, ...]  # the first texts beside plain decoding with the same seed
@@ -209,7 +223,7 @@ class Fit:
             return f"{self.strays} of {self.tokens} tokens are not what the sampler draws with their keys"
         if self.p_value < UNLIKELY:
             return f"{self.tokens} tokens do not have the target's distribution (p = {self.p_value:.1g})"
-        return numerics.shifted(self.shift)
+        return numerics.shifted(self.shift, self.jump)
 
 
 @dataclass(frozen=True)
@@ -242,7 +256,7 @@ class Report:
         if not sum(c.accepted for c in self.greedy) + sum(fit.accepted for fit in self.fits):
             return "nothing was accepted, so this proves little: the drafter may not fit this target"
         if any(fit.classes == 0 for fit in self.fits):
-            return "nearly every token was certain at this temperature, so the distribution was not tested"
+            return "the drawn tokens were too few or too certain for a test of their distribution"
         return None
 
     def sentence(self) -> str:
@@ -270,7 +284,12 @@ class Report:
             "sentence": self.sentence(),
             "weakness": self.weakness(),
             "faults": self.faults(),
-            "numerics": {**asdict(self.numerics), "nearness": self.numerics.nearness, "bound": self.numerics.bound},
+            "numerics": {
+                **asdict(self.numerics),
+                "nearness": self.numerics.nearness,
+                "bound": self.numerics.bound,
+                "reach": self.numerics.reach,
+            },
             "comparisons": judged,
             "fits": fits,
         }
@@ -330,8 +349,8 @@ def _draw(writer: _Writer, plan: Plan, sampler: Sampler, skip: int, wanted: int,
     """
     target, names = writer.pair.target, list(writer.prompts)
     depths = plan.depths[::-1]
-    draws, shift, strays, accepted, rounds = Draws.none(), 0.0, 0, 0, 0
-    compared = []
+    draws, strays, accepted, rounds = Draws.none(), 0, 0, 0
+    compared, changes = [], []
     for text in count():
         watch(f"drawing {wanted} tokens: {draws.tokens}")
         name, depth = names[text % len(names)], depths[text // len(names) % len(depths)]
@@ -343,15 +362,26 @@ def _draw(writer: _Writer, plan: Plan, sampler: Sampler, skip: int, wanted: int,
         )
         truth = reread(target, run, None)
         draws += Draws.of(run.law(truth), run.tokens)
-        shift += _number(changed(truth, run.rows).sum())
+        changes.append(changed(truth, run.rows))
         strays += 0 if rejected else run.strays()
         accepted, rounds = accepted + run.stats.accepted, rounds + run.stats.rounds
         if text < pairs:
             compared.append(compare(target, writer.write(name, 0, sampler, seed), run))
         if draws.tokens >= wanted:
             break
-    n = draws.tokens
-    return Fit(n, text + 1, draws.p_value, draws.classes, strays, shift / n, n / rounds, accepted, tuple(compared))
+    every = mx.concatenate(changes)
+    return Fit(
+        tokens=draws.tokens,
+        texts=text + 1,
+        p_value=draws.p_value,
+        classes=draws.classes,
+        strays=strays,
+        shift=_number(every.mean()),
+        jump=_number(every.max()),
+        tokens_per_round=draws.tokens / rounds,
+        accepted=accepted,
+        pairs=tuple(compared),
+    )
 
 
 def reread(target: Target, run: Run, rows: int | None) -> mx.array:
@@ -399,6 +429,7 @@ def compare(target: Target, plain: Run, run: Run) -> Comparison:
         known = plain.rows[: place + 1][: len(run.tokens)]
         truth = mx.concatenate([known, reread(target, run, None)[known.shape[0] :]])
     chosen = mx.take_along_axis(truth, mx.array(run.tokens)[:, None], axis=-1)[:, 0]
+    change = changed(truth, run.rows)
     return Comparison(
         prompt=run.name,
         depth=run.depth,
@@ -409,7 +440,8 @@ def compare(target: Target, plain: Run, run: Run) -> Comparison:
         accepted=run.stats.accepted,
         first=None if place is None else _difference(place, plain, run),
         gap=_number((truth.max(axis=-1) - chosen).max()),
-        shift=_number(changed(truth, run.rows).mean()),
+        shift=_number(change.mean()),
+        jump=_number(change.max()),
         strays=run.strays(),
     )
 

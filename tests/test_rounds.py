@@ -381,3 +381,27 @@ def test_an_interruption_between_two_rounds_costs_nothing(variant: str, monkeypa
     rows = [sequence.round(3) for sequence in sequences]
     assert rows[0].tokens == rows[1].tokens and gap(rows[0].logprobs, rows[1].logprobs) == 0
     assert mx.array_equal(sequences[0].cache.position, sequences[1].cache.position)
+
+
+@pytest.mark.parametrize("variant", ["gemma4_keqv", "qwen3_5_tied"])
+def test_a_drafter_that_was_not_asked_for_long_knows_the_text_when_it_is(variant: str) -> None:
+    """Plain rounds and copies do not tell it of anything; before it drafts again it catches up at once."""
+    target, drafter = tiny_pair(variant)
+    text = varied_tokens(400)
+    forced = Forced(mx.array(text + [0] * 40))
+    sequence, told = open_sequence(target, drafter, forced), open_sequence(target, drafter, forced)
+    for each in (sequence, told):
+        each.prefill(text[:20], STEP, lambda done, total: None)
+    for plain_rounds in (1, 3, 270):
+        for _ in range(plain_rounds):
+            sequence.round(0)
+        here = sequence.length + 1
+        sequence.round([*text[here : here + 3], 0])
+        while told.length < sequence.length:
+            told.round(0)
+            told._commit()  # tells it at once
+        sequence._commit()
+        assert sequence.length == told.length
+        drafts = [each._draft(5).tokens.tolist() for each in (sequence, told)]
+        assert drafts[0] == drafts[1]
+        assert gap(sequence.state[0], told.state[0]) < EXACT
