@@ -143,7 +143,7 @@ class Text:
     seconds: float  # ... and the time they took
     ttft_seconds: float  # from the request to the first token
     peak: int = 0  # bytes, without what was held before
-    rounds: tuple[tuple[int, int], ...] = ()  # drafted and accepted of every round, where that is known
+    rounds: tuple[tuple[int, int], ...] = ()  # own drafts and accepted ones of every round, where that is known
     stats: Stats | None = None
 
 
@@ -158,8 +158,11 @@ class Arm:
 def ours(
     pair: Pair, tokenizer: TokenizerWrapper, depth: int | str, tokens: int, temperature: float = 0.0, **more: Any
 ) -> Arm:
-    """This package at a depth; `more` goes to `stream_generate`. Only "auto" may copy from earlier text."""
-    options = {"depth": depth, "lookup": depth == "auto"} | more
+    """This package at a depth; `more` goes to `stream_generate`. Only "auto" may copy from earlier text.
+
+    Drafts are coupled, so that all depths write the same text and can be compared.
+    """
+    options = {"depth": depth, "lookup": depth == "auto", "drafts": "coupled"} | more
 
     def write(prompt: list[int], seed: int) -> Text:
         mx.random.seed(seed)
@@ -185,7 +188,7 @@ def timed(responses: Iterable[GenerationResponse]) -> Text:
     held = mx.get_active_memory()
     mx.reset_peak_memory()
     tokens: list[int] = []
-    counts = [(0, 0)]  # drafted and accepted, after every round
+    counts = [(0, 0)]  # drafts of the drafter's own, and accepted ones, after every round
     stats, opening = None, 0
     began = first = last = time.perf_counter()
     for response in responses:
@@ -194,7 +197,7 @@ def timed(responses: Iterable[GenerationResponse]) -> Text:
         if isinstance(response, Response):
             stats = response.stats
             if stats.rounds == len(counts):
-                counts.append((stats.drafted, stats.accepted))
+                counts.append((stats.drafted - stats.copied, stats.accepted - stats.copied_accepted))
         if len(tokens) == 1 or (stats is not None and stats.rounds == 1):
             first, opening = last, len(tokens)
     each = tuple((b[0] - a[0], b[1] - a[1]) for a, b in itertools.pairwise(counts))

@@ -349,36 +349,39 @@ def _draw(writer: _Writer, plan: Plan, sampler: Sampler, skip: int, wanted: int,
     """
     target, names = writer.pair.target, list(writer.prompts)
     depths = plan.depths[::-1]
-    draws, strays, accepted, rounds = Draws.none(), 0, 0, 0
+    ranks, favourites = Draws.none(len(RANKS) + 1), Draws.none(2)
+    strays, accepted, rounds = 0, 0, 0
     compared, changes = [], []
     for text in count():
-        watch(f"drawing {wanted} tokens: {draws.tokens}")
+        watch(f"drawing {wanted} tokens: {ranks.tokens}")
         name, depth = names[text % len(names)], depths[text // len(names) % len(depths)]
         seed = (plan.seed + skip + text) % 2**32
         # Every other text that is not compared is drafted as without a seed: drawn by chance and tested by rejection.
-        rejected = isinstance(sampler, Sample) and text >= pairs and text % 2 == 1
-        run = writer.write(
-            name, depth, sampler, seed, sampler if rejected and isinstance(sampler, Sample) else "coupled"
-        )
+        drafts = sampler if isinstance(sampler, Sample) and text >= pairs and text % 2 == 1 else None
+        run = writer.write(name, depth, sampler, seed, drafts or "coupled")
         truth = reread(target, run, None)
-        draws += Draws.of(run.law(truth), run.tokens)
+        law = run.law(truth)
+        ranks += Draws.ranked(law, run.tokens)
         changes.append(changed(truth, run.rows))
-        strays += 0 if rejected else run.strays()
+        if drafts:
+            favourites += Draws.favoured(law[1:], run.law(proposals(writer.pair, run))[1:], run.tokens[1:])
+        else:
+            strays += run.strays()
         accepted, rounds = accepted + run.stats.accepted, rounds + run.stats.rounds
         if text < pairs:
             compared.append(compare(target, writer.write(name, 0, sampler, seed), run))
-        if draws.tokens >= wanted:
+        if ranks.tokens >= wanted:
             break
     every = mx.concatenate(changes)
     return Fit(
-        tokens=draws.tokens,
+        tokens=ranks.tokens,
         texts=text + 1,
-        p_value=draws.p_value,
-        classes=draws.classes,
+        p_value=min(1.0, 2 * ranks.p_value, 2 * favourites.p_value),
+        classes=ranks.classes,
         strays=strays,
         shift=_number(every.mean()),
         jump=_number(every.max()),
-        tokens_per_round=draws.tokens / rounds,
+        tokens_per_round=ranks.tokens / rounds,
         accepted=accepted,
         pairs=tuple(compared),
     )
@@ -403,6 +406,35 @@ def reread(target: Target, run: Run, rows: int | None) -> mx.array:
             read.append(normalise(logits[0]))
         mx.eval(read[-1:], cache.arrays())
     return mx.concatenate(read)
+
+
+def proposals(pair: Pair, run: Run) -> mx.array:
+    """The log-probabilities (n, V) that the drafter gives for every token of a text but the first, whose row is 0."""
+    text = mx.array([*run.prompt, *run.tokens], mx.int32)[None]
+    known, end, vocabulary = len(run.prompt) - 1, text.shape[1] - 1, pair.target.vocabulary
+    cache = pair.target.make_cache()
+    state = pair.drafter.start(cache)
+    cache.reserve(end)
+    heard = [mx.zeros((1, vocabulary), run.rows.dtype)]
+
+    def hear(logits: mx.array, ids: mx.array | None = None) -> mx.array:
+        if ids is not None:
+            nowhere = mx.full((1, 1, vocabulary), -mx.inf, logits.dtype)
+            logits = mx.put_along_axis(nowhere, ids.astype(mx.int32), logits, axis=-1)
+        heard.append(normalise(logits[0]))
+        return mx.argmax(logits, axis=-1)
+
+    for start, stop in pairwise([*range(0, known, DEFAULT_PREFILL_STEP), *range(known, end)]):
+        block, reading = text[:, start:stop], start < known
+        span = Span(start, stop - start) if reading else cache.span(1)
+        hidden = pair.target(block, cache, span).hidden
+        if pair.drafter.reads_prompt or not reading:
+            state = pair.drafter.advance(state, cache, block, span, hidden, mx.array([span.length - 1]))
+        cache.commit(span.length)
+        if not reading:
+            pair.drafter.draft(state, cache, text[:, stop], 1, hear)  # what follows the token at `stop`
+        mx.eval(heard[-1], cache.arrays(), state)
+    return mx.concatenate(heard)
 
 
 def changed(rows: mx.array, others: mx.array) -> mx.array:
@@ -478,10 +510,10 @@ def _number(array: mx.array) -> float:
 
 @dataclass(frozen=True)
 class Draws:
-    """How often tokens of each rank were drawn, beside how often the target's own distribution lets one expect it.
+    """How often tokens of each class were drawn, beside how often the target's own distribution lets one expect it.
 
-    Given the text before a token, the class that its rank falls into has known probabilities. So the counts differ
-    from their expectation by something of mean 0 and of a covariance that adds up row by row, whatever the text is.
+    Given the text before a token, it falls into each class with known probability. So the counts differ from their
+    expectation by something of mean 0 and of a covariance that adds up row by row, whatever the text is.
     """
 
     tokens: int
@@ -490,21 +522,36 @@ class Draws:
     covariance: np.ndarray  # (C, C)
 
     @classmethod
-    def none(cls) -> "Draws":
-        C = len(RANKS) + 1
-        return cls(0, np.zeros(C), np.zeros(C), np.zeros((C, C)))
+    def none(cls, classes: int) -> "Draws":
+        return cls(0, np.zeros(classes), np.zeros(classes), np.zeros((classes, classes)))
 
     @classmethod
-    def of(cls, law: mx.array, tokens: list[int]) -> "Draws":
-        """Tokens (n) drawn from the log-probabilities `law` (n, V)."""
+    def counted(cls, chances: np.ndarray, seen: np.ndarray) -> "Draws":
+        """Of each class's probability (n, C) and the class of each token (n)."""
+        observed = np.bincount(seen, minlength=chances.shape[1])
+        covariance = np.diag(chances.sum(axis=0)) - chances.T @ chances
+        return cls(len(seen), observed.astype(np.float64), chances.sum(axis=0), covariance)
+
+    @classmethod
+    def ranked(cls, law: mx.array, tokens: list[int]) -> "Draws":
+        """Tokens (n) drawn from the log-probabilities `law` (n, V), by rank: 1, 2, 3-4, 5-8, ... 65 and above."""
         order = mx.argsort(-law, axis=-1)
         rank = np.array(mx.argmax(order == mx.array(tokens)[:, None], axis=-1))  # (n,)
         best = np.array(mx.exp(mx.take_along_axis(law, order, axis=-1)[:, : RANKS[-1]]), np.float64)
         below = np.cumsum(best, axis=1)[:, [min(end, best.shape[1]) - 1 for end in RANKS]]  # probability up to a rank
         chances = np.diff(below, axis=1, prepend=0.0, append=1.0)  # (n, C)
-        observed = np.bincount(np.searchsorted(RANKS, rank, side="right"), minlength=chances.shape[1])
-        covariance = np.diag(chances.sum(axis=0)) - chances.T @ chances
-        return cls(len(tokens), observed.astype(np.float64), chances.sum(axis=0), covariance)
+        return cls.counted(chances, np.searchsorted(RANKS, rank, side="right"))
+
+    @classmethod
+    def favoured(cls, law: mx.array, proposal: mx.array, tokens: list[int]) -> "Draws":
+        """The same tokens by whether the drafter, proposing from (n, V), gives them more than the target does.
+
+        Drafts that are kept too often are such tokens, whatever their rank.
+        """
+        more = proposal > law
+        chance = np.array(mx.where(more, mx.exp(law), 0.0).sum(axis=-1), np.float64)
+        seen = np.array(mx.take_along_axis(more, mx.array(tokens)[:, None], axis=-1)[:, 0])
+        return cls.counted(np.stack([1 - chance, chance], axis=1), seen.astype(np.int64))
 
     def __add__(self, other: "Draws") -> "Draws":
         return Draws(

@@ -186,7 +186,7 @@ def drawn(law: np.ndarray, seed: int) -> list[int]:
 def p_values(law: np.ndarray, wrong: np.ndarray, repeats: int) -> np.ndarray:
     """Of tokens drawn from `wrong`, tested against `law`."""
     device = mx.array(law.astype(np.float32))
-    return np.array([Draws.of(device, drawn(wrong, seed)).p_value for seed in range(repeats)])
+    return np.array([Draws.ranked(device, drawn(wrong, seed)).p_value for seed in range(repeats)])
 
 
 @pytest.mark.parametrize("certain", [0.0, 0.9])
@@ -199,7 +199,7 @@ def test_what_is_drawn_rightly_is_seldom_suspicious(certain: float) -> None:
 
 def test_counts_scatter_around_their_expectation_as_stated() -> None:
     law = synthetic(40, 7, certain=0.0)
-    counted = [Draws.of(mx.array(law.astype(np.float32)), drawn(law, seed)) for seed in range(2000)]
+    counted = [Draws.ranked(mx.array(law.astype(np.float32)), drawn(law, seed)) for seed in range(2000)]
     seen = np.array([draws.observed for draws in counted])
     assert np.abs(seen.mean(axis=0) - counted[0].expected).max() < 0.4
     assert np.abs(np.cov(seen.T) - counted[0].covariance).max() < 0.1 * counted[0].covariance.max()
@@ -228,8 +228,8 @@ def test_what_is_drawn_wrongly_is_noticed(bias: Callable[[np.ndarray], np.ndarra
 def test_counts_of_two_texts_add_up_to_those_of_both() -> None:
     law = synthetic(300, 3)
     tokens, device = drawn(law, 0), mx.array(law.astype(np.float32))
-    parts = Draws.none() + Draws.of(device[:100], tokens[:100]) + Draws.of(device[100:], tokens[100:])
-    whole = Draws.of(device, tokens)
+    parts = Draws.none(8) + Draws.ranked(device[:100], tokens[:100]) + Draws.ranked(device[100:], tokens[100:])
+    whole = Draws.ranked(device, tokens)
     assert parts.tokens == 300 and (parts.observed == whole.observed).all()
     assert parts.p_value == pytest.approx(whole.p_value)
     assert whole.observed.sum() == whole.expected.sum() == pytest.approx(300)
@@ -237,9 +237,9 @@ def test_counts_of_two_texts_add_up_to_those_of_both() -> None:
 
 def test_filtered_tokens_and_tiny_vocabularies_are_counted() -> None:
     law = Sample(0.9, top_k=5).law(mx.array(synthetic(400, 4)), keys(mx.array(0, mx.uint32), mx.arange(400)[None]))
-    counted = Draws.of(law, drawn(np.array(law), 0))
+    counted = Draws.ranked(law, drawn(np.array(law), 0))
     assert counted.observed[4:].sum() == 0 and counted.p_value > 1e-3
-    few = Draws.of(mx.log(mx.array([[0.5, 0.3, 0.2]] * 100)), drawn(np.log([[0.5, 0.3, 0.2]] * 100), 0))
+    few = Draws.ranked(mx.log(mx.array([[0.5, 0.3, 0.2]] * 100)), drawn(np.log([[0.5, 0.3, 0.2]] * 100), 0))
     assert few.classes == 2 and few.p_value > 1e-3
 
 
@@ -248,13 +248,13 @@ def test_a_few_tokens_at_the_edge_of_a_filter_are_no_fault_and_many_are() -> Non
     tokens, outside = drawn(np.array(law), 0), np.array(law).argmin(axis=1)
     for wrong, suspicious in ((2, False), (20, True)):
         mixed = [int(token) for token in outside[:wrong]] + tokens[wrong:]
-        assert (Draws.of(law, mixed).p_value < UNLIKELY) == suspicious
+        assert (Draws.ranked(law, mixed).p_value < UNLIKELY) == suspicious
     assert chernoff(20, 10) > 1 - sum(math.exp(-10) * 10**i / math.factorial(i) for i in range(20)) > 0.002
     assert chernoff(1, 0.0) == 1.0 and chernoff(3, 8) == 1.0
 
 
 def test_tokens_that_are_certain_are_not_tested() -> None:
-    certain = Draws.of(mx.log(mx.array([[1 - 1e-4, 1e-4]] * 50)), [0] * 50)
+    certain = Draws.ranked(mx.log(mx.array([[1 - 1e-4, 1e-4]] * 50)), [0] * 50)
     assert certain.classes == 0 and certain.p_value == 1.0
 
 
