@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import FIXTURES, gap, tiny_pair, varied_tokens
+from conftest import FIXTURES, DialledDrafter, gap, tiny_pair, varied_tokens
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 import mtp_mlx
@@ -46,6 +46,7 @@ from mtp_mlx.verify import (
     chi_square_tail,
     compare,
     first_difference,
+    proposals,
     reread,
     verify,
 )
@@ -235,6 +236,20 @@ def test_counts_of_two_texts_add_up_to_those_of_both() -> None:
     assert whole.observed.sum() == whole.expected.sum() == pytest.approx(300)
 
 
+def test_drafts_kept_too_often_are_noticed_whatever_their_rank() -> None:
+    law = synthetic(800, 8, certain=0.3)
+    proposal = normalised(law + np.random.default_rng(9).normal(0, 1, law.shape))
+    kept = np.logaddexp(law + math.log(0.7), proposal + math.log(0.3))
+    rows = [mx.array(array.astype(np.float32)) for array in (law, proposal)]
+
+    def found(wrong: np.ndarray) -> np.ndarray:
+        return np.array([Draws.favoured(rows[0], rows[1], drawn(wrong, seed)).p_value for seed in range(40)])
+
+    right = found(law)
+    assert (right < 0.05).sum() <= 6 and (right < UNLIKELY).sum() == 0
+    assert (found(kept) < 0.01).all()
+
+
 def test_filtered_tokens_and_tiny_vocabularies_are_counted() -> None:
     law = Sample(0.9, top_k=5).law(mx.array(synthetic(400, 4)), keys(mx.array(0, mx.uint32), mx.arange(400)[None]))
     counted = Draws.ranked(law, drawn(np.array(law), 0))
@@ -419,6 +434,44 @@ def test_near_ties_on_other_kernels_are_told_from_faults() -> None:
 def test_a_target_that_reads_blocks_wrongly_is_a_fault_and_no_noise() -> None:
     report = verified(Plan((3,), 12), "code", target=OtherKernels(demo()[0].target, 3.0))
     assert report.verdict == "fault" and "read as prompts" in report.faults()[0]
+
+
+def keep_every_tested_draft(draft: Draft, logprobs: mx.array, keys: mx.array, sampler: Sampler) -> Kept:
+    """Rejection sampling that never rejects."""
+    return (accept if draft.logprobs is None else keep_every_draft)(draft, logprobs, keys, sampler)
+
+
+def test_rejection_that_never_rejects_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No key tells which token is right there, and what a good drafter proposes has the ranks of what is right."""
+    monkeypatch.setattr(choosing, "accept", keep_every_tested_draft)
+    report = verified(Plan((3,), 16, Sample(1.0), drawn=120), "prose")
+    assert [fit.strays for fit in report.fits] == [0, 0]
+    assert report.fits[1].p_value < UNLIKELY and report.verdict == "fault"
+
+
+@pytest.mark.parametrize("variant", ["gemma4_ple", "qwen3_5_tied"])
+@pytest.mark.parametrize("length", [1, 20])
+def test_a_drafter_is_asked_at_every_token(variant: str, length: int) -> None:
+    target, _ = tiny_pair(variant)
+    prompt, text = varied_tokens(length), varied_tokens(30, seed=1)
+    run = Run("", prompt, 3, Sample(1.0), 0, text, mx.zeros((30, 320)), Stats(length))
+    rows = proposals(Pair(target, DialledDrafter.dial(prompt + text, 1.0)), run)
+    assert rows.shape == (30, 320) and mx.argmax(rows[1:], axis=-1).tolist() == text[1:]
+
+
+@pytest.mark.parametrize("name", ["demo", "demo-qwen"])
+def test_what_a_drafter_is_asked_is_what_it_proposes(name: str) -> None:
+    """Read so, a good drafter is as good as while it drafts: hidden, position and cache are those of a round."""
+    pair, tokenizer = mtp_mlx.load(name, dtype=mx.float32)
+    prompt = encode(tokenizer, PROMPTS["prose"])
+    last = list(stream_generate(pair, tokenizer, prompt, max_tokens=24, depth=1))
+    tokens = [response.token for response in last]
+    rows = proposals(pair, Run("", prompt, 1, Greedy(), 0, tokens, mx.zeros((24, 1)), last[-1].stats))
+    right = np.array(mx.argmax(rows, axis=-1)) == tokens
+    first_of_rounds = [response.origin for response in last]
+    assert all(right[i] for i, origin in enumerate(first_of_rounds) if origin == "accepted")
+    assert not any(right[i] for i, origin in enumerate(first_of_rounds) if origin == "correction")
+    assert "accepted" in first_of_rounds and "correction" in first_of_rounds
 
 
 @pytest.mark.parametrize("variant", ["gemma4_ple", "qwen3_5_tied"])
