@@ -444,7 +444,7 @@ def keep_every_tested_draft(draft: Draft, logprobs: mx.array, keys: mx.array, sa
 def test_rejection_that_never_rejects_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """No key tells which token is right there, and what a good drafter proposes has the ranks of what is right."""
     monkeypatch.setattr(choosing, "accept", keep_every_tested_draft)
-    report = verified(Plan((3,), 16, Sample(1.0), drawn=120), "prose")
+    report = verified(Plan((3,), 16, Sample(1.0), drawn=80), "prose")
     assert [fit.strays for fit in report.fits] == [0, 0]
     assert report.fits[1].p_value < UNLIKELY and report.verdict == "fault"
 
@@ -468,10 +468,11 @@ def test_what_a_drafter_is_asked_is_what_it_proposes(name: str) -> None:
     tokens = [response.token for response in last]
     rows = proposals(pair, Run("", prompt, 1, Greedy(), 0, tokens, mx.zeros((24, 1)), last[-1].stats))
     right = np.array(mx.argmax(rows, axis=-1)) == tokens
-    first_of_rounds = [response.origin for response in last]
-    assert all(right[i] for i, origin in enumerate(first_of_rounds) if origin == "accepted")
-    assert not any(right[i] for i, origin in enumerate(first_of_rounds) if origin == "correction")
-    assert "accepted" in first_of_rounds and "correction" in first_of_rounds
+    # A head that has read the prompt also proposes the first token, which nobody is asked for here.
+    found: dict[str, set[bool]] = {"accepted": set(), "correction": set(), "bonus": set(), "plain": set()}
+    for response, hit in list(zip(last, right, strict=True))[1:]:
+        found[response.origin].add(bool(hit))
+    assert found["accepted"] == {True} and found["correction"] == {False}
 
 
 @pytest.mark.parametrize("variant", ["gemma4_ple", "qwen3_5_tied"])
