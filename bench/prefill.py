@@ -14,7 +14,7 @@ import report
 
 import mtp_mlx
 from mtp_mlx.generate import encode
-from mtp_mlx.ngram import NoDrafter
+from mtp_mlx.ngram import NOBODY
 from mtp_mlx.rounds import Sequence
 from mtp_mlx.types import Pair
 
@@ -26,7 +26,7 @@ def main() -> None:
     pair, tokenizer = mtp_mlx.load(options.model)
     prompt = (encode(tokenizer, TEXT) * (options.tokens // 100))[: options.tokens]
     arms = {
-        "plain": (Pair(pair.target, NoDrafter()), len(prompt)),
+        "plain": (Pair(pair.target, NOBODY), len(prompt)),
         "with drafter": (pair, len(prompt)),
         "buffers 32 times too large": (pair, 32 * len(prompt)),
     }

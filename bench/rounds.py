@@ -26,7 +26,7 @@ from mtp_mlx import bench
 from mtp_mlx.choosing import Rules
 from mtp_mlx.cli.generate import DTYPES
 from mtp_mlx.generate import DEFAULT_PREFILL_STEP, encode
-from mtp_mlx.ngram import NoDrafter
+from mtp_mlx.ngram import NOBODY
 from mtp_mlx.programs import Programs
 from mtp_mlx.rounds import Sequence
 
@@ -64,7 +64,7 @@ def profile(pair: mtp_mlx.Pair, prompt: list[int], depths: list[int], most_rows:
     own.prefill(prompt, DEFAULT_PREFILL_STEP, lambda done, total: None)
     wanted = [0, *depths]
     first = {k: seconds(lambda k=k: [own.round(k) for _ in range(2)]) for k in wanted}
-    free = bench.opened(replace(pair, drafter=NoDrafter()), prompt)
+    free = bench.opened(replace(pair, drafter=NOBODY), prompt)
     whole: dict[int, list[float]] = {k: [] for k in wanted}
     eager: dict[int, list[float]] = {k: [] for k in wanted}
     split: dict[int, list[Any]] = {k: [] for k in wanted}

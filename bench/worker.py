@@ -29,7 +29,7 @@ Engine = Callable[[Request], Iterator[tuple[int, int]]]  # -> every token, and t
 def ours(target: str, drafter: str, dtype: str) -> Engine:
     import mtp_mlx
     from mtp_mlx.choosing import Rules
-    from mtp_mlx.ngram import NoDrafter
+    from mtp_mlx.ngram import NOBODY
     from mtp_mlx.rounds import Sequence
 
     pair, tokenizer = mtp_mlx.load(target, drafter, dtype=DTYPES[dtype])
@@ -41,7 +41,7 @@ def ours(target: str, drafter: str, dtype: str) -> Engine:
 
     def recite(request: Request) -> Iterator[tuple[int, int]]:
         truth, done, number = request["truth"], 0, 0
-        sequence = Sequence(mtp_mlx.Pair(pair.target, NoDrafter(), pair.programs), Rules())
+        sequence = Sequence(mtp_mlx.Pair(pair.target, NOBODY, pair.programs), Rules())
         sequence.prefill(request["prompt"], 2048, lambda read, total: None)
         while done < request["tokens"]:
             number += 1

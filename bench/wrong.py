@@ -12,7 +12,6 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -59,7 +58,7 @@ class Wrong:
 
 def main() -> None:
     options = _options()
-    loaded, tokenizer = mtp_mlx.load(options.model, dtype=DTYPES[options.dtype])
+    loaded, tokenizer = mtp_mlx.load(options.model, options.drafter, dtype=DTYPES[options.dtype])
     pair = replace(loaded, drafter=Wrong(loaded.drafter))
     prompt = "import os\nimport sys\n\n\ndef main("
 
@@ -88,12 +87,9 @@ def main() -> None:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="demo")
-    parser.add_argument("--dtype", choices=DTYPES, default="auto")
+    parser = report.parser(__doc__)
     parser.add_argument("--tokens", type=int, default=400)
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--out", type=Path)
     return parser.parse_args()
 
 

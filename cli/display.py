@@ -1,9 +1,11 @@
 """What a person sees: streamed text with coloured drafts, progress, and the table of figures."""
 
 import logging
+import platform
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from types import TracebackType
 
 from rich import progress as bars
@@ -31,6 +33,12 @@ _stderr = Console(stderr=True, highlight=False)
 def note(message: str) -> None:
     """One line for the user, beside the text."""
     _stderr.print(message, style="dim", markup=False, soft_wrap=True)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides over a text, for a JSON object."""
+    names = ("mtp-mlx", "mlx", "mlx-lm")
+    return {name.replace("-", "_"): version(name) for name in names} | {"python": platform.python_version()}
 
 
 class Notes(logging.Handler):

@@ -1,23 +1,26 @@
 """`mtp-mlx generate`: text on stdout as it is accepted, everything else on stderr."""
 
 import json
-import platform
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
 import mlx.core as mx
 import typer
-from jinja2 import TemplateError
-from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mtp_mlx.choosing import Drafts
-from mtp_mlx.cli.display import Notes, Progress, Writer, loading, note, stats_table
-from mtp_mlx.errors import CheckpointError, RequestError
-from mtp_mlx.generate import DEFAULT_MAX_TOKENS, DEFAULT_PREFILL_STEP, Response, check_text, stream_generate
+from mtp_mlx.cli.display import Notes, Progress, Writer, loading, note, stats_table, versions
+from mtp_mlx.errors import RequestError
+from mtp_mlx.generate import (
+    DEFAULT_MAX_TOKENS,
+    DEFAULT_PREFILL_STEP,
+    Response,
+    check_text,
+    in_chat_template,
+    stream_generate,
+)
 from mtp_mlx.loading import DEMO, DEMOS, Loaded, load_pair
 from mtp_mlx.penalties import Penalties
 from mtp_mlx.sampling import Sample, Sampler, choose_sampler
@@ -137,7 +140,7 @@ def command(
         responses = stream_generate(
             loaded.pair,
             loaded.tokenizer,
-            text if ignore_chat_template else _in_chat_template(loaded.tokenizer, text),
+            text if ignore_chat_template else in_chat_template(loaded.tokenizer, text),
             max_tokens=max_tokens,
             depth=parsed_depth,
             sampler=sampler,
@@ -226,18 +229,6 @@ def _read_prompt(prompt: str | None, model: str) -> str:
         raise RequestError(f"standard input is not UTF-8 text ({error}); give the prompt as UTF-8") from None
 
 
-def _in_chat_template(tokenizer: TokenizerWrapper, prompt: str) -> str | list[int]:
-    if not tokenizer.has_chat_template or not prompt:
-        return prompt
-    try:
-        ids: list[int] = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], add_generation_prompt=True
-        )
-    except (TemplateError, TypeError, ValueError) as error:
-        raise CheckpointError(f"the model's chat template fails ({error}); try --ignore-chat-template") from error
-    return ids
-
-
 def _print_text(responses: Iterator[Response], show_drafts: bool, with_stats: bool) -> None:
     writer = Writer(show_drafts)
     for response in responses:
@@ -263,11 +254,6 @@ def _print_json(responses: Iterator[Response], loaded: Loaded) -> None:
         "finish_reason": last.finish_reason,
         "model": loaded.target,
         "drafter": loaded.drafter,
-        "versions": {
-            "mtp_mlx": version("mtp-mlx"),
-            "mlx": version("mlx"),
-            "mlx_lm": version("mlx-lm"),
-            "python": platform.python_version(),
-        },
+        "versions": versions(),
     }
     sys.stdout.write(json.dumps(answer) + "\n")

@@ -1,9 +1,7 @@
 """`mtp-mlx verify`: the proof, on this machine, that drafting changes nothing; the report on stdout."""
 
 import json
-import platform
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
@@ -13,10 +11,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from mtp_mlx.cli.display import Notes, loading
-from mtp_mlx.cli.generate import _in_chat_template, parse_depth, parse_dtype
+from mtp_mlx.cli.display import Notes, loading, versions
+from mtp_mlx.cli.generate import parse_depth, parse_dtype
 from mtp_mlx.errors import RequestError
-from mtp_mlx.generate import encode
+from mtp_mlx.generate import encode, in_chat_template
 from mtp_mlx.loading import DEMO, Loaded, load_pair
 from mtp_mlx.sampling import check_seed, choose_sampler
 from mtp_mlx.verify import Comparison, Fit, Numerics, Plan, Report, verify
@@ -110,7 +108,7 @@ def _possible(depths: tuple[int | str, ...], limit: int, *, asked: bool) -> tupl
 
 
 def _ids(tokenizer: TokenizerWrapper, text: str, ignore_chat_template: bool) -> list[int]:
-    return encode(tokenizer, text if ignore_chat_template else _in_chat_template(tokenizer, text))
+    return encode(tokenizer, text if ignore_chat_template else in_chat_template(tokenizer, text))
 
 
 def _show(report: Report, loaded: Loaded, temperature: float) -> None:
@@ -188,7 +186,5 @@ def _fit(fit: Fit, temperature: float) -> str:
 
 
 def _print_json(report: Report, loaded: Loaded) -> None:
-    names = ("mtp-mlx", "mlx", "mlx-lm")
-    versions = {name.replace("-", "_"): version(name) for name in names} | {"python": platform.python_version()}
-    answer = {**report.figures(), "model": loaded.target, "drafter": loaded.drafter, "versions": versions}
+    answer = {**report.figures(), "model": loaded.target, "drafter": loaded.drafter, "versions": versions()}
     typer.echo(json.dumps(answer))

@@ -26,8 +26,8 @@ from mlx_lm.utils import load_model
 from mtp_mlx.cache import RecurrentCache
 from mtp_mlx.choosing import Rules
 from mtp_mlx.errors import CheckpointError, RequestError
-from mtp_mlx.generate import DEFAULT_PREFILL_STEP, Response, stream_generate
-from mtp_mlx.ngram import NoDrafter
+from mtp_mlx.generate import DEFAULT_PREFILL_STEP, Response, encode, in_chat_template, stream_generate
+from mtp_mlx.ngram import NOBODY
 from mtp_mlx.programs import compiles
 from mtp_mlx.rounds import Sequence
 from mtp_mlx.sampling import choose_sampler
@@ -380,7 +380,7 @@ class Costs:
 
 def costs(pair: Pair, prompt: list[int], depths: Iterable[int], widths: Iterable[int], repeats: int) -> Costs:
     """Time rounds with so many drafts and blocks of so many rows after a prompt, interleaved."""
-    free, own = opened(replace(pair, drafter=NoDrafter()), prompt), opened(pair, prompt)
+    free, own = opened(replace(pair, drafter=NOBODY), prompt), opened(pair, prompt)
     verify: dict[int, list[float]] = {rows: [] for rows in widths}
     whole: dict[int, list[float]] = {k: [] for k in depths if k}
     assert isinstance(pair.target, nn.Module)
@@ -434,10 +434,8 @@ BEGUN = {
 
 def prompts(tokenizer: TokenizerWrapper) -> dict[str, list[int]]:
     """Token ids of a prompt of each kind."""
-    if not tokenizer.has_chat_template:
-        return {kind: tokenizer.encode(text) for kind, text in BEGUN.items()}
-    turns = {kind: [{"role": "user", "content": text}] for kind, text in ASKED.items()}
-    return {kind: tokenizer.apply_chat_template(turn, add_generation_prompt=True) for kind, turn in turns.items()}
+    texts = ASKED if tokenizer.has_chat_template else BEGUN
+    return {kind: encode(tokenizer, in_chat_template(tokenizer, text)) for kind, text in texts.items()}
 
 
 def machine() -> dict[str, Any]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, cast
 
 import mlx.core as mx
+from jinja2 import TemplateError
 from mlx_lm.generate import GenerationResponse
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import maybe_set_recommended_wired_limit
@@ -15,7 +16,7 @@ from mlx_lm.utils import maybe_set_recommended_wired_limit
 from mtp_mlx.choosing import Callables, Drafts, Rules
 from mtp_mlx.copying import Copies
 from mtp_mlx.depth import Depth, choose_depth
-from mtp_mlx.errors import RequestError
+from mtp_mlx.errors import CheckpointError, RequestError
 from mtp_mlx.ngram import NOBODY
 from mtp_mlx.penalties import Penalties
 from mtp_mlx.programs import compiles
@@ -246,6 +247,22 @@ def encode(tokenizer: TokenizerWrapper, prompt: Prompt, special: bool = True) ->
         ids: list[int] = tokenizer.encode(prompt, add_special_tokens=special and bare) if prompt else []
         return ids
     return prompt
+
+
+def in_chat_template(tokenizer: TokenizerWrapper, prompt: str) -> str | list[int]:
+    """A prompt as a chat model expects a user's turn; as it is, if the model has no chat template.
+
+    Raises CheckpointError for a template that fails.
+    """
+    if not tokenizer.has_chat_template or not prompt:
+        return prompt
+    try:
+        ids: list[int] = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True
+        )
+    except (TemplateError, TypeError, ValueError) as error:
+        raise CheckpointError(f"the model's chat template fails ({error}); try --ignore-chat-template") from error
+    return ids
 
 
 def check_text(prompt: str) -> None:

@@ -190,7 +190,7 @@ class Sequence:
 
     def _context(self) -> Context:
         reach = self.chooser.rules.reach
-        recent = self.text[:-1][-reach:] if reach else []
+        recent = self.text[max(0, self.length - reach) : self.length]
         return Context(self.seed, mx.array([[-1] * (reach - len(recent)) + recent], mx.int32))
 
 

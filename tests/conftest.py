@@ -1,7 +1,7 @@
 """Tiny checkpoints, and a drafter and a sampler that do as they are told."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -20,6 +20,7 @@ import mlx.nn as nn
 import mlx_lm
 import numpy as np
 import pytest
+from mlx_lm.sample_utils import make_logits_processors
 
 from mtp_mlx.cache import MAX_BLOCK, Cache
 from mtp_mlx.choosing import Drafts, Rules
@@ -28,6 +29,7 @@ from mtp_mlx.models.gemma4 import Model as Gemma4
 from mtp_mlx.models.gemma4_assistant import Assistant
 from mtp_mlx.models.qwen3_5 import Model as Qwen
 from mtp_mlx.models.qwen3_5_mtp import Head
+from mtp_mlx.penalties import Penalties
 from mtp_mlx.programs import Programs, compiles
 from mtp_mlx.rounds import Sequence
 from mtp_mlx.sampling import Greedy, Sampler
@@ -104,6 +106,20 @@ def gap(mine: mx.array, theirs: mx.array | np.ndarray) -> float:
 def mlx_lm_model(folder: Path) -> nn.Module:
     """The same checkpoint as mlx-lm loads it."""
     return mlx_lm.load(str(folder))[0]
+
+
+def mlx_lm_processors(penalties: Penalties) -> list[Callable[[mx.array, mx.array], mx.array]]:
+    """What mlx-lm does for the same penalties."""
+    processors: list[Callable[[mx.array, mx.array], mx.array]] = make_logits_processors(
+        dict(penalties.bias),
+        penalties.repetition,
+        penalties.repetition_context,
+        penalties.presence,
+        penalties.presence_context,
+        penalties.frequency,
+        penalties.frequency_context,
+    )
+    return processors
 
 
 def varied_tokens(length: int, seed: int = 0) -> list[int]:

@@ -13,13 +13,12 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import needs_compiler
+from conftest import mlx_lm_processors, needs_compiler
 from mlx_lm.sample_utils import (
     apply_min_p,
     apply_top_k,
     apply_top_p,
     apply_xtc,
-    make_logits_processors,
 )
 
 import mtp_mlx.accept as accept_module
@@ -135,15 +134,7 @@ def _run(propose: Proposal, rule: Rule, sampler: Sampler, penalties: Penalties, 
 def _by_mlx_lm(options: dict[str, Any], penalties: Penalties, text: list[int]) -> np.ndarray:
     """The distribution (V,) of plain decoding's next token."""
     row = mx.array(TARGET[text[-1]])[None]
-    for processor in make_logits_processors(
-        dict(penalties.bias),
-        penalties.repetition,
-        penalties.repetition_context,
-        penalties.presence,
-        penalties.presence_context,
-        penalties.frequency,
-        penalties.frequency_context,
-    ):
+    for processor in mlx_lm_processors(penalties):
         row = processor(mx.array(text), row)
     row = normalise(row)
     row = apply_top_p(row, options["top_p"]) if "top_p" in options else row

@@ -178,17 +178,16 @@ def test_special_tokens_are_added_once(tokenizer: TokenizerWrapper) -> None:
 def test_a_drafter_that_never_hits_is_reported_and_changes_nothing(
     tokenizer: TokenizerWrapper, pair: Pair, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """At a fixed depth, where no clock says how many drafts are made; tests/test_depth.py has "auto"."""
     prompt = varied_tokens(20)
     truth = plain(pair.target, prompt, 60)
-    for depth in (3, "auto"):
-        caplog.clear()
-        pair = dialled(prompt, truth, 0.0)
-        run = list(stream_generate(pair, tokenizer, prompt, max_tokens=60, depth=depth, lookup=False))
-        assert [response.token for response in run] == truth
-        last = run[-1].stats
-        assert last.alarm is not None and last.alarm == last.depth_reason and last.depth == 0
-        assert [record.getMessage() for record in caplog.records] == [last.alarm]
-        assert all(response.origin == "plain" for response in run[-20:])
+    pair = dialled(prompt, truth, 0.0)
+    run = list(stream_generate(pair, tokenizer, prompt, max_tokens=60, depth=3))
+    assert [response.token for response in run] == truth
+    last = run[-1].stats
+    assert last.alarm is not None and last.alarm == last.depth_reason and last.depth == 0
+    assert [record.getMessage() for record in caplog.records] == [last.alarm]
+    assert all(response.origin == "plain" for response in run[-20:])
 
 
 def test_a_drafter_that_fits_is_not_reported(tokenizer: TokenizerWrapper, pair: Pair) -> None:

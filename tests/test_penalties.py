@@ -7,8 +7,7 @@ from itertools import product
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import needs_compiler
-from mlx_lm.sample_utils import make_logits_processors
+from conftest import mlx_lm_processors, needs_compiler
 
 from mtp_mlx.errors import RequestError
 from mtp_mlx.penalties import Penalties, windows
@@ -29,15 +28,7 @@ ALL = Penalties(1.17, 4, -0.4, 9, 0.13, 6, ((5, 0.9), (7, -11.0)))
 
 def _by_mlx_lm(penalties: Penalties, logits: mx.array, text: list[int]) -> mx.array:
     """One row (V,) after a text."""
-    processors = make_logits_processors(
-        dict(penalties.bias),
-        penalties.repetition,
-        penalties.repetition_context,
-        penalties.presence,
-        penalties.presence_context,
-        penalties.frequency,
-        penalties.frequency_context,
-    )
+    processors = mlx_lm_processors(penalties)
     row = mx.array(logits)[None]  # a copy: mlx-lm writes in place
     for processor in processors:
         row = processor(mx.array(text, mx.int32), row)
