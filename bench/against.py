@@ -23,7 +23,8 @@ import report
 from mtp_mlx import bench
 from mtp_mlx.cli.generate import DTYPES
 from mtp_mlx.generate import encode
-from mtp_mlx.loading import find, load_pair
+from mtp_mlx.hub import find
+from mtp_mlx.loading import load_pair
 
 
 class Worker:

@@ -21,7 +21,7 @@ import mtp_mlx
 from mtp_mlx import bench
 from mtp_mlx.cli.generate import DTYPES
 from mtp_mlx.generate import encode
-from mtp_mlx.loading import find
+from mtp_mlx.hub import find
 
 
 def main() -> None:

@@ -13,7 +13,8 @@ from rich.table import Table
 from mtp_mlx.bench import AUTO, PEER, PLAIN, Comparison, Plan, machine, measure, precision, prompts
 from mtp_mlx.cli.display import Notes, loading, note
 from mtp_mlx.errors import RequestError
-from mtp_mlx.loading import DEMO, find, load_pair
+from mtp_mlx.hub import DEMO, find
+from mtp_mlx.loading import load_pair
 
 
 def command(

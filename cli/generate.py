@@ -21,7 +21,8 @@ from mtp_mlx.generate import (
     in_chat_template,
     stream_generate,
 )
-from mtp_mlx.loading import DEMO, DEMOS, Loaded, load_pair
+from mtp_mlx.hub import DEMO, DEMOS
+from mtp_mlx.loading import Loaded, load_pair
 from mtp_mlx.penalties import Penalties
 from mtp_mlx.sampling import Sample, Sampler, choose_sampler
 

@@ -15,7 +15,8 @@ from mtp_mlx.cli.display import Notes, loading, versions
 from mtp_mlx.cli.generate import parse_depth, parse_dtype
 from mtp_mlx.errors import RequestError
 from mtp_mlx.generate import encode, in_chat_template
-from mtp_mlx.loading import DEMO, Loaded, load_pair
+from mtp_mlx.hub import DEMO
+from mtp_mlx.loading import Loaded, load_pair
 from mtp_mlx.sampling import check_seed, choose_sampler
 from mtp_mlx.verify import Comparison, Fit, Numerics, Plan, Report, verify
 

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -215,19 +215,47 @@ def _affine(width: int, packed: mx.array, scales: mx.array) -> dict[str, Any]:
 _WRAPPERS = ("", "language_model.", "mtp.", "language_model.mtp.")
 
 
+class TensorEntry(NamedTuple):
+    """One tensor of a safetensors file."""
+
+    dtype: str  # as the format writes it: "BF16", "U32"
+    shape: tuple[int, ...]
+    begin: int  # its bytes in the file, end excluded
+    end: int
+
+
 @dataclass(frozen=True)
 class Header:
     """What a safetensors file says of itself."""
 
-    names: frozenset[str]
+    tensors: Mapping[str, TensorEntry]
     format: str | None  # "pt", "mlx"; many writers leave it out
+
+    @property
+    def names(self) -> frozenset[str]:
+        return frozenset(self.tensors)
+
+    @classmethod
+    def parse(cls, length: bytes, text: bytes) -> "Header":
+        """From the first eight bytes of a file and the JSON after them. Raises ValueError for anything else."""
+        content = json.loads(text)
+        origin = 8 + int.from_bytes(length, "little")
+        format_ = (content.pop("__metadata__", None) or {}).get("format")
+        tensors = {
+            name: TensorEntry(
+                entry["dtype"], tuple(entry["shape"]), *(origin + offset for offset in entry["data_offsets"])
+            )
+            for name, entry in content.items()
+        }
+        return cls(tensors, format_)
 
 
 def read_header(path: Path) -> Header:
     """The header of one weight file. Raises CheckpointError for a file that is damaged or cannot be read."""
-    _check_file(path)
-    with safe_open(path, framework="numpy") as file:
-        return Header(frozenset(file.keys()), (file.metadata() or {}).get("format"))
+    _check_file(path)  # safetensors has checked the header and the length of the file then
+    with path.open("rb") as file:
+        length = file.read(8)
+        return Header.parse(length, file.read(int.from_bytes(length, "little")))
 
 
 def _check_file(path: Path) -> None:

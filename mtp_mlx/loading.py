@@ -11,27 +11,21 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import mlx.core as mx
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_tokenizer
 
 from mtp_mlx.checkpoint import Checkpoint, read_header, read_json
 from mtp_mlx.errors import CheckpointError, PairError, RequestError
+from mtp_mlx.hub import DEMO, DEMOS, TENSORS, find, first_line
 from mtp_mlx.models import base, gemma4, gemma4_assistant, qwen3_5, qwen3_5_mtp
 from mtp_mlx.ngram import NOBODY
 from mtp_mlx.types import Drafter, Pair, Target
 
-DEMO = "demo"
-DEMOS = {DEMO: Path(__file__).parent / "demo", "demo-qwen": Path(__file__).parent / "demo_qwen"}
 ASSISTANT_FOLDER = "assistant"  # a folder that holds a pair keeps the drafter here
 
 Built = TypeVar("Built")
 
 _log = logging.getLogger(__name__)
-
-_TENSORS = ".safetensors"
-_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model"]
 
 
 @dataclass(frozen=True)
@@ -239,34 +233,8 @@ def _own_head(checkpoint: Checkpoint) -> tuple[str | None, str]:
     return None, f"{config} in {checkpoint.folder} holds one: plain decoding; {_HOW_TO_GET_A_HEAD}"
 
 
-def find(name: str) -> Path:
-    """The folder of a model given as folder, hub id or demo; what is not on disk yet is downloaded."""
-    if name in DEMOS:
-        return DEMOS[name]
-    if not name:
-        raise CheckpointError(f"the name of a model is empty; give a folder, a hub id, {' or '.join(DEMOS)}")
-    try:
-        path = Path(name).expanduser()
-        if path.exists() or not _is_hub_id(name):
-            return path
-    except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"{name[:200]} cannot be opened: {_first_line(error)}") from error
-    try:
-        return Path(snapshot_download(name, allow_patterns=_FILES))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise CheckpointError(
-            f"{name} is neither a folder here nor a model that the hub would give ({_first_line(error)}); check "
-            "the name, your connection and, for a gated model, that you are logged in"
-        ) from error
-
-
-def _is_hub_id(name: str) -> bool:
-    parts = name.split("/")
-    return len(parts) == 2 and all(parts) and not name.startswith((".", "/", "~")) and not name.endswith(_TENSORS)
-
-
 def _drafter_builder(path: Path, target: Checkpoint) -> Callable[[mx.Dtype | None, Target], Drafter]:
-    if path.name.endswith(_TENSORS):
+    if path.name.endswith(TENSORS):
         if target.model_type not in _HEADS:
             raise PairError(f"{path} is a file; the drafters of {target.model_type!r} targets are folders")
         if not path.is_file():
@@ -274,7 +242,7 @@ def _drafter_builder(path: Path, target: Checkpoint) -> Callable[[mx.Dtype | Non
         # Tensors alone: the config is the target's.
         return partial(_qwen_head, replace(target, folder=path.parent, file=path))
     if path.is_dir() and not (path / "config.json").is_file() and target.model_type in _HEADS:
-        for file in sorted(path.glob("*" + _TENSORS)):
+        for file in sorted(path.glob("*" + TENSORS)):
             if _holds_head(file):
                 return _drafter_builder(file, target)
     checkpoint = Checkpoint.open(path)
@@ -333,9 +301,5 @@ def _tokenizer(checkpoint: Checkpoint) -> TokenizerWrapper:
     try:
         tokenizer: TokenizerWrapper = load_tokenizer(checkpoint.folder, limits, eos_token_ids=eos)
     except Exception as error:  # tokenizers raises bare Exceptions, transformers nearly anything
-        raise CheckpointError(f"the tokenizer in {checkpoint.folder} cannot be read: {_first_line(error)}") from error
+        raise CheckpointError(f"the tokenizer in {checkpoint.folder} cannot be read: {first_line(error)}") from error
     return tokenizer
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

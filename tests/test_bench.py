@@ -27,7 +27,7 @@ from mtp_mlx.bench import (
 )
 from mtp_mlx.cli.bench import command, picture
 from mtp_mlx.errors import CheckpointError, RequestError
-from mtp_mlx.loading import find
+from mtp_mlx.hub import find
 from mtp_mlx.stats import Stats
 from mtp_mlx.types import Pair
 

@@ -13,7 +13,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 import mtp_mlx
 from mtp_mlx.generate import encode
-from mtp_mlx.loading import DEMOS
+from mtp_mlx.hub import DEMOS
 
 HELD_OUT = Path(__file__).parent.parent / "bench" / "demo" / "heldout.json"
 PROMPTS = 21

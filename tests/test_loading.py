@@ -28,7 +28,8 @@ from safetensors.numpy import save_file
 
 from mtp_mlx.checkpoint import Checkpoint
 from mtp_mlx.errors import CheckpointError, MTPError, PairError, RequestError
-from mtp_mlx.loading import choose_drafter, find, load, load_pair
+from mtp_mlx.hub import find
+from mtp_mlx.loading import choose_drafter, load, load_pair
 from mtp_mlx.models.gemma4_assistant import Assistant, mismatches
 from mtp_mlx.ngram import NoDrafter
 from mtp_mlx.sampling import Greedy
@@ -345,7 +346,7 @@ def test_a_hub_that_does_not_answer_is_one_line(monkeypatch: pytest.MonkeyPatch)
     def refuse(*args: object, **kwargs: object) -> str:
         raise OSError("no route\nto host")
 
-    monkeypatch.setattr("mtp_mlx.loading.snapshot_download", refuse)
+    monkeypatch.setattr("mtp_mlx.hub.snapshot_download", refuse)
     with pytest.raises(MTPError, match="neither a folder here nor a model that the hub") as caught:
         load("nobody/nothing")
     assert "\n" not in str(caught.value)
