@@ -12,9 +12,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.switch_layers import SwitchGLU
 
-from mtp_mlx.cache import Cache, FullCache, KeyValueCache, SlidingCache
+from mtp_mlx.cache import Cache, KeyValueCache, SlidingCache, full_cache
 from mtp_mlx.models import base
-from mtp_mlx.types import Mask, Output, Span, Visible
+from mtp_mlx.types import Mask, Output, Rows, Span, Visible
 
 SLIDING = "sliding_attention"
 FULL = "full_attention"
@@ -216,18 +216,18 @@ class Attention(nn.Module):
                 self.v_proj = nn.Linear(width, kv_width, bias=False)
         self._rope = RoPE(config.rope[config.layer_types[i]], self.head_size)
 
-    def keys_and_values(self, x: mx.array, span: Span) -> Visible:
+    def keys_and_values(self, x: mx.array, span: Span) -> Rows:
         """The block's own rows, (B, H, L, head size), ready for the cache."""
         raw = base.split_heads(self.k_proj(x), self.head_size)
         values = raw if self.values_from_keys else base.split_heads(self.v_proj(x), self.head_size)
         keys = self._rope(self.k_norm(raw).swapaxes(1, 2), span)
-        return Visible(keys, mx.fast.rms_norm(values, None, self.eps).swapaxes(1, 2))
+        return Rows(keys, mx.fast.rms_norm(values, None, self.eps).swapaxes(1, 2))
 
     def __call__(self, x: mx.array, visible: Visible, mask: Mask, span: Span) -> mx.array:
         B, L, _ = x.shape
         queries = self.q_norm(base.split_heads(self.q_proj(x), self.head_size))
         queries = self._rope(queries.swapaxes(1, 2), span)
-        out = mx.fast.scaled_dot_product_attention(queries, *visible, scale=1.0, mask=mask)
+        out = visible.attend(queries, 1.0, mask)
         return self.o_proj(out.swapaxes(1, 2).reshape(B, L, -1))
 
 
@@ -404,9 +404,14 @@ class Model(nn.Module):
         """Bytes of the weights."""
         return base.weight_bytes(self)
 
-    def make_cache(self) -> Cache:
+    def make_cache(self, kv_bits: int | None = None) -> Cache:
         kinds = self.config.layer_types[: self.config.first_shared]
-        return Cache([FullCache() if k == FULL else SlidingCache(self.config.sliding_window) for k in kinds])
+        return Cache(
+            [
+                full_cache(size, kv_bits) if kind == FULL else SlidingCache(self.config.sliding_window)
+                for kind, size in zip(kinds, self.config.head_dims, strict=False)
+            ]
+        )
 
     def embed(self, tokens: mx.array) -> mx.array:
         """Scaled token embeddings, (B, L) -> (B, L, D)."""

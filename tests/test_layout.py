@@ -16,6 +16,7 @@ ALLOWED = {
     "mtp_mlx.types": {"programs"},
     "mtp_mlx.cache": {"types"},
     "mtp_mlx.ngram": {"cache", "types"},
+    "mtp_mlx.draft_model": {"cache", "types"},
     "mtp_mlx.copying": set(),
     "mtp_mlx.models.base": set(),
     "mtp_mlx.models.gemma4": {"cache", "types", "models"},
