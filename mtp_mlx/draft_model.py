@@ -25,8 +25,8 @@ class Aside:
         self.unread: tuple[mx.array, mx.array] | None = None  # (B, L) tokens, of which the first (B,) + 1 are kept
 
     def reserve(self, rows: int) -> None:
-        """The rows of an unread block may reach beyond the target's."""
-        self.cache.reserve(rows + MAX_BLOCK)
+        """An unread block is read with one more token behind it, where the target has no room to spare perhaps."""
+        self.cache.reserve(rows + 1)
 
     def commit(self, count: mx.array | int) -> None:
         """Nothing to do: the drafter learns of what is kept by `advance`."""

@@ -79,6 +79,21 @@ def test_it_is_told_later_of_rounds_without_drafts_and_of_long_blocks(variant: s
         assert gap(_says(sequence, 3), rows[sequence.length + 1 - WINDOW - 3]) < EXACT
 
 
+@pytest.mark.parametrize("variant", ["gemma4_keqv", "qwen3_5_tied"])
+def test_an_unread_block_that_ends_where_the_buffers_end_has_room(variant: str) -> None:
+    target, _ = tiny_pair(variant)
+    text = varied_tokens(300)
+    forced, nobody = Forced(mx.array(text)), DialledDrafter.dial([], 0.0)
+    _, rows, _ = run_rounds(target, nobody, forced, text[:240], 40, 0)
+    sequence = open_sequence(target, DraftModel(target), forced)
+    sequence.prefill(text[:240], 2048, lambda done, total: None)
+    wrong = [(token + 1) % VOCAB for token in text[240:256]]
+    assert sequence.round(wrong).accepted == 0 and sequence.cache.capacity == 256
+    for _ in range(3):
+        assert gap(_says(sequence, 2), rows[sequence.length + 1 - 240]) < EXACT
+        sequence.round(2)
+
+
 @pytest.mark.parametrize(("target", "drafter"), [("gemma4_keqv", "gemma4_ple"), ("qwen3_5_moe", "qwen3_5_tied")])
 @pytest.mark.parametrize("bits", [None, 8])
 def test_another_model_of_the_family_changes_nothing(target: str, drafter: str, bits: int | None) -> None:
