@@ -6,7 +6,7 @@ The slot of a pair is the position of its hidden.
 """
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -132,25 +132,14 @@ DECLARATIONS: tuple[tuple[str, str, Mapping[str, bool]], ...] = (
 )
 
 
+is_head, is_bare, WIDTH = base.is_head, base.is_bare, base.HEAD_WIDTH
+
+
 def own_tensors(weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
     """The head's tensors under the names they have below `mtp.`; empty if a file holds no head."""
     if is_bare(weights):
         return dict(weights)
-    return {_PREFIX.sub("", name): array for name, array in weights.items() if _PREFIX.match(name)}
-
-
-def is_head(names: Collection[str]) -> bool:
-    """Whether there is an mtp head among tensors of these names."""
-    return is_bare(names) or any(_PREFIX.match(name) for name in names)
-
-
-def is_bare(names: Collection[str]) -> bool:
-    """Whether a file holds a head and nothing else, and leaves the prefix out."""
-    return WIDTH in names
-
-
-WIDTH = "pre_fc_norm_hidden.weight"  # as wide as the target's hidden, and never quantised
-_PREFIX = re.compile(r"^(model\.|language_model\.)*mtp\.")
+    return {base.HEAD_PREFIX.sub("", name): array for name, array in weights.items() if base.HEAD_PREFIX.match(name)}
 
 
 def convention(

@@ -61,7 +61,8 @@ ALLOWED = {
     "mtp_mlx.verify": {"accept", "cache", "choosing", "errors", "generate", "ngram", "sampling", "stats", "types"},
     "mtp_mlx.checkpoint": {"errors"},
     "mtp_mlx.hub": {"errors"},
-    "mtp_mlx.loading": {"checkpoint", "errors", "hub", "models", "ngram", "types"},
+    "mtp_mlx.pairs": {"checkpoint", "errors", "hub", "models.base"},
+    "mtp_mlx.loading": {"checkpoint", "errors", "hub", "models", "ngram", "pairs", "types"},
     "mtp_mlx.cli.display": {"generate", "stats"},
     "mtp_mlx.cli.generate": {
         "choosing",
