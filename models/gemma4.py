@@ -13,6 +13,7 @@ import mlx.nn as nn
 from mlx_lm.models.switch_layers import SwitchGLU
 
 from mtp_mlx.cache import Cache, FullCache, KeyValueCache, SlidingCache
+from mtp_mlx.memory import Layout, Rows, Traffic
 from mtp_mlx.models import base
 from mtp_mlx.types import Mask, Output, Span, Visible
 
@@ -403,6 +404,26 @@ class Model(nn.Module):
     def nbytes(self) -> int:
         """Bytes of the weights."""
         return base.weight_bytes(self)
+
+    @property
+    def layout(self) -> Layout:
+        """What its cache holds: layers that share keys are further readers of their owner's."""
+        config = self.config
+        shared = config.layer_types[config.first_shared :]
+        return tuple(
+            Rows(
+                config.kv_heads[i],
+                config.head_dims[i],
+                None if kind == FULL else config.sliding_window,
+                1 + (shared.count(kind) if i == config.owner(kind) else 0),
+            )
+            for i, kind in enumerate(config.layer_types[: config.first_shared])
+        )
+
+    @property
+    def traffic(self) -> Traffic:
+        chosen = self.config.top_k_experts if self.config.num_experts else 0
+        return Traffic(chosen, "model.embed_tokens" if self.config.tie_word_embeddings else "lm_head")
 
     def make_cache(self) -> Cache:
         kinds = self.config.layer_types[: self.config.first_shared]

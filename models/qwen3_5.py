@@ -15,6 +15,7 @@ from mlx_lm.models.rope_utils import initialize_rope
 from mlx_lm.models.switch_layers import SwitchGLU
 
 from mtp_mlx.cache import Cache, FullCache, KeyValueCache, RecurrentCache
+from mtp_mlx.memory import Layout, Recurrence, Rows, Traffic
 from mtp_mlx.models import base
 from mtp_mlx.types import Mask, Output, Span, Visible
 
@@ -404,6 +405,26 @@ class Model(nn.Module):
     def nbytes(self) -> int:
         """Bytes of the weights."""
         return base.weight_bytes(self)
+
+    @property
+    def layout(self) -> Layout:
+        """What its cache holds."""
+        config = self.config
+        rows = Rows(config.num_key_value_heads, config.head_dim)
+        channels = 2 * config.key_width + config.value_width
+        recurrence = Recurrence(
+            state=config.value_width * config.linear_key_head_dim,
+            tail=(config.linear_conv_kernel_dim - 1) * channels,
+            row=channels + config.key_width + config.value_width + config.linear_num_value_heads,
+            exact_row=config.linear_num_value_heads,
+        )
+        return tuple(rows if kind == FULL else recurrence for kind in config.layer_types)
+
+    @property
+    def traffic(self) -> Traffic:
+        return Traffic(
+            self.config.num_experts_per_tok, "model.embed_tokens" if self.config.tie_word_embeddings else "lm_head"
+        )
 
     def make_cache(self) -> Cache:
         kernel = self.config.linear_conv_kernel_dim

@@ -14,6 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mtp_mlx.cache import MAX_BLOCK, Cache, FullCache, KeyValueCache
+from mtp_mlx.memory import Layout, Rows, Traffic
 from mtp_mlx.models import base
 from mtp_mlx.models.qwen3_5 import FULL, DecoderLayer, Stored, TextConfig, is_raw
 from mtp_mlx.models.qwen3_5 import Model as Qwen
@@ -26,11 +27,21 @@ class Network(nn.Module):
     def __init__(self, config: TextConfig):
         super().__init__()
         width, eps = config.hidden_size, config.rms_norm_eps
+        self.config = config
         self.pre_fc_norm_embedding = nn.RMSNorm(width, eps=eps)
         self.pre_fc_norm_hidden = nn.RMSNorm(width, eps=eps)
         self.fc = nn.Linear(2 * width, width, bias=False)
         self.layers = [DecoderLayer(config, FULL)]
         self.norm = nn.RMSNorm(width, eps=eps)
+
+    @property
+    def layout(self) -> Layout:
+        """Its own layer, attached to the target's."""
+        return (Rows(self.config.num_key_value_heads, self.config.head_dim),)
+
+    @property
+    def traffic(self) -> Traffic:
+        return Traffic(self.config.num_experts_per_tok)
 
     def remember(self, embedding: mx.array, hidden: mx.array, cache: KeyValueCache, span: Span) -> None:
         """Keep the keys and values of pairs (B, L, D) x 2: all that they leave behind."""
