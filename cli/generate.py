@@ -135,7 +135,7 @@ def command(
     with Notes(verbose) as notes, Progress() as progress:
         with loading(model):
             loaded = load_pair(model, drafter, parse_dtype(dtype))
-        if verbose or (loaded.drafter is None and drafter == "auto"):
+        if verbose or drafter == "auto":
             note(f"drafter: {loaded.drafter or 'none'} ({loaded.drafter_reason})")
         notes.show()
         responses = stream_generate(

@@ -62,6 +62,20 @@ def rename(name: str) -> str:
     return name
 
 
+def is_head(names: Collection[str]) -> bool:
+    """Whether there is an mtp head among tensors of these names."""
+    return is_bare(names) or any(HEAD_PREFIX.match(name) for name in names)
+
+
+def is_bare(names: Collection[str]) -> bool:
+    """Whether a file holds an mtp head and nothing else, and leaves the prefix out."""
+    return HEAD_WIDTH in names
+
+
+HEAD_WIDTH = "pre_fc_norm_hidden.weight"  # as wide as the target's hidden, and never quantised
+HEAD_PREFIX = re.compile(r"^(model\.|language_model\.)*mtp\.")
+
+
 def split_experts(name: str, array: mx.array, module: str) -> Iterator[tuple[str, mx.array]]:
     """Released files pack the experts' gate and up projections into one tensor, gate first; `module` holds both."""
     packed = re.fullmatch(r"(.*)experts\.gate_up_proj(\.\w+)?", name)

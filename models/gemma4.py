@@ -13,8 +13,9 @@ import mlx.nn as nn
 from mlx_lm.models.switch_layers import SwitchGLU
 
 from mtp_mlx.cache import Cache, KeyValueCache, SlidingCache, full_cache
+from mtp_mlx.memory import Layout, Rows, Traffic
 from mtp_mlx.models import base
-from mtp_mlx.types import Mask, Output, Rows, Span, Visible
+from mtp_mlx.types import Mask, Output, PlainRows, Span, Visible
 
 SLIDING = "sliding_attention"
 FULL = "full_attention"
@@ -216,12 +217,12 @@ class Attention(nn.Module):
                 self.v_proj = nn.Linear(width, kv_width, bias=False)
         self._rope = RoPE(config.rope[config.layer_types[i]], self.head_size)
 
-    def keys_and_values(self, x: mx.array, span: Span) -> Rows:
+    def keys_and_values(self, x: mx.array, span: Span) -> PlainRows:
         """The block's own rows, (B, H, L, head size), ready for the cache."""
         raw = base.split_heads(self.k_proj(x), self.head_size)
         values = raw if self.values_from_keys else base.split_heads(self.v_proj(x), self.head_size)
         keys = self._rope(self.k_norm(raw).swapaxes(1, 2), span)
-        return Rows(keys, mx.fast.rms_norm(values, None, self.eps).swapaxes(1, 2))
+        return PlainRows(keys, mx.fast.rms_norm(values, None, self.eps).swapaxes(1, 2))
 
     def __call__(self, x: mx.array, visible: Visible, mask: Mask, span: Span) -> mx.array:
         B, L, _ = x.shape
@@ -403,6 +404,26 @@ class Model(nn.Module):
     def nbytes(self) -> int:
         """Bytes of the weights."""
         return base.weight_bytes(self)
+
+    @property
+    def layout(self) -> Layout:
+        """What its cache holds: layers that share keys are further readers of their owner's."""
+        config = self.config
+        shared = config.layer_types[config.first_shared :]
+        return tuple(
+            Rows(
+                config.kv_heads[i],
+                config.head_dims[i],
+                None if kind == FULL else config.sliding_window,
+                1 + (shared.count(kind) if i == config.owner(kind) else 0),
+            )
+            for i, kind in enumerate(config.layer_types[: config.first_shared])
+        )
+
+    @property
+    def traffic(self) -> Traffic:
+        chosen = self.config.top_k_experts if self.config.num_experts else 0
+        return Traffic(chosen, "model.embed_tokens" if self.config.tie_word_embeddings else "lm_head")
 
     def make_cache(self, kv_bits: int | None = None) -> Cache:
         kinds = self.config.layer_types[: self.config.first_shared]

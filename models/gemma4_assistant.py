@@ -12,8 +12,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mtp_mlx.cache import MAX_BLOCK, Cache, KeyValueCache
+from mtp_mlx.memory import Layout, Rows, Traffic
 from mtp_mlx.models.base import weight_bytes
-from mtp_mlx.models.gemma4 import DecoderLayer, TextConfig
+from mtp_mlx.models.gemma4 import FULL, DecoderLayer, TextConfig
 from mtp_mlx.models.gemma4 import Model as Gemma4
 from mtp_mlx.types import Mask, Pick, Span, State, Visible
 
@@ -105,6 +106,27 @@ class Model(nn.Module):
         self.post_projection = nn.Linear(width, backbone, bias=False)
         if config.use_ordered_embeddings:
             self.masked_embedding = MaskedEmbedding(config)
+
+    @property
+    def layout(self) -> Layout:
+        """Nothing of its own: the target's last layer of each kind."""
+        text = self.config.text
+        kinds = {kind: text.layer_types.index(kind) for kind in sorted(set(text.layer_types))}
+        return tuple(
+            Rows(
+                text.kv_heads[i],
+                text.head_dims[i],
+                None if kind == FULL else text.sliding_window,
+                text.layer_types.count(kind),
+                owned=False,
+            )
+            for kind, i in kinds.items()
+        )
+
+    @property
+    def traffic(self) -> Traffic:
+        share = self.config.centroid_intermediate_top_k / self.config.num_centroids
+        return Traffic(output="model.embed_tokens", share=share if self.config.use_ordered_embeddings else 1.0)
 
     def __call__(
         self,

@@ -15,8 +15,9 @@ from mlx_lm.models.rope_utils import initialize_rope
 from mlx_lm.models.switch_layers import SwitchGLU
 
 from mtp_mlx.cache import Cache, KeyValueCache, RecurrentCache, full_cache
+from mtp_mlx.memory import Layout, Recurrence, Rows, Traffic
 from mtp_mlx.models import base
-from mtp_mlx.types import Mask, Output, Rows, Span, Visible
+from mtp_mlx.types import Mask, Output, PlainRows, Span, Visible
 
 LINEAR = "linear_attention"
 FULL = "full_attention"
@@ -173,13 +174,13 @@ def _rope(text: Mapping[str, Any]) -> dict[str, Any]:
 class Stored(NamedTuple):
     """Rows in a cache, and who may see them."""
 
-    rows: Rows
+    rows: PlainRows
     mask: mx.array  # (B, 1, 1, S)
 
 
-def fresh_rows(rows: list[Rows]) -> Rows:
+def fresh_rows(rows: list[PlainRows]) -> PlainRows:
     """Rows of single tokens in one piece, (B, H, j, head size)."""
-    return Rows(
+    return PlainRows(
         mx.concatenate([row.keys for row in rows], axis=2), mx.concatenate([row.values for row in rows], axis=2)
     )
 
@@ -209,18 +210,18 @@ class Attention(nn.Module):
             max_position_embeddings=config.max_position_embeddings,
         )
 
-    def keys_and_values(self, x: mx.array, span: Span) -> Rows:
+    def keys_and_values(self, x: mx.array, span: Span) -> PlainRows:
         """The block's own rows, (B, H, L, head size), ready for the cache."""
         keys = self.k_norm(base.split_heads(self.k_proj(x), self.head_size)).swapaxes(1, 2)
         values = base.split_heads(self.v_proj(x), self.head_size).swapaxes(1, 2)
-        return Rows(self._rope(keys, offset=span.start), values)
+        return PlainRows(self._rope(keys, offset=span.start), values)
 
     def __call__(self, x: mx.array, visible: Visible, mask: Mask, span: Span) -> mx.array:
         queries, gate = self._queries(x, span)
         out = visible.attend(queries, self.scale, mask)
         return self._gated(out, gate)
 
-    def beside(self, x: mx.array, stored: Stored | None, fresh: list[Rows], span: Span) -> mx.array:
+    def beside(self, x: mx.array, stored: Stored | None, fresh: list[PlainRows], span: Span) -> mx.array:
         """One token that sees stored rows, and rows (B, H, 1, head size) that stay out of the cache.
 
         The scores of both go through one softmax, so that neither has to be copied behind the other.
@@ -354,7 +355,7 @@ class DecoderLayer(nn.Module):
         visible = cache.write(*self.self_attn.keys_and_values(x, span), span)
         return self._feed_forward(h + self.self_attn(x, visible, mask, span))
 
-    def attend_beside(self, h: mx.array, stored: Stored | None, fresh: list[Rows], span: Span) -> mx.array:
+    def attend_beside(self, h: mx.array, stored: Stored | None, fresh: list[PlainRows], span: Span) -> mx.array:
         """A layer of attention for one token, (B, 1, D), whose keys and values join `fresh` and not the cache."""
         x = self.input_layernorm(h)
         fresh.append(self.self_attn.keys_and_values(x, span))
@@ -404,6 +405,26 @@ class Model(nn.Module):
     def nbytes(self) -> int:
         """Bytes of the weights."""
         return base.weight_bytes(self)
+
+    @property
+    def layout(self) -> Layout:
+        """What its cache holds."""
+        config = self.config
+        rows = Rows(config.num_key_value_heads, config.head_dim)
+        channels = 2 * config.key_width + config.value_width
+        recurrence = Recurrence(
+            state=config.value_width * config.linear_key_head_dim,
+            tail=(config.linear_conv_kernel_dim - 1) * channels,
+            row=channels + config.key_width + config.value_width + config.linear_num_value_heads,
+            exact_row=config.linear_num_value_heads,
+        )
+        return tuple(rows if kind == FULL else recurrence for kind in config.layer_types)
+
+    @property
+    def traffic(self) -> Traffic:
+        return Traffic(
+            self.config.num_experts_per_tok, "model.embed_tokens" if self.config.tie_word_embeddings else "lm_head"
+        )
 
     def make_cache(self, kv_bits: int | None = None) -> Cache:
         size, kernel = self.config.head_dim, self.config.linear_conv_kernel_dim

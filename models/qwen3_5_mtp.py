@@ -6,7 +6,7 @@ The slot of a pair is the position of its hidden.
 """
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -14,10 +14,11 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mtp_mlx.cache import MAX_BLOCK, Cache, FullCache, KeyValueCache
+from mtp_mlx.memory import Layout, Rows, Traffic
 from mtp_mlx.models import base
 from mtp_mlx.models.qwen3_5 import FULL, DecoderLayer, Stored, TextConfig, is_raw
 from mtp_mlx.models.qwen3_5 import Model as Qwen
-from mtp_mlx.types import Pick, Rows, Span, State
+from mtp_mlx.types import Pick, PlainRows, Span, State
 
 
 class Network(nn.Module):
@@ -26,11 +27,21 @@ class Network(nn.Module):
     def __init__(self, config: TextConfig):
         super().__init__()
         width, eps = config.hidden_size, config.rms_norm_eps
+        self.config = config
         self.pre_fc_norm_embedding = nn.RMSNorm(width, eps=eps)
         self.pre_fc_norm_hidden = nn.RMSNorm(width, eps=eps)
         self.fc = nn.Linear(2 * width, width, bias=False)
         self.layers = [DecoderLayer(config, FULL)]
         self.norm = nn.RMSNorm(width, eps=eps)
+
+    @property
+    def layout(self) -> Layout:
+        """Its own layer, attached to the target's."""
+        return (Rows(self.config.num_key_value_heads, self.config.head_dim),)
+
+    @property
+    def traffic(self) -> Traffic:
+        return Traffic(self.config.num_experts_per_tok)
 
     def remember(self, embedding: mx.array, hidden: mx.array, cache: KeyValueCache, span: Span) -> None:
         """Keep the keys and values of pairs (B, L, D) x 2: all that they leave behind."""
@@ -39,7 +50,7 @@ class Network(nn.Module):
         cache.write(*layer.self_attn.keys_and_values(x, span), span)
 
     def __call__(
-        self, embedding: mx.array, hidden: mx.array, stored: Stored | None, fresh: list[Rows], span: Span
+        self, embedding: mx.array, hidden: mx.array, stored: Stored | None, fresh: list[PlainRows], span: Span
     ) -> mx.array:
         """The head's hidden for one pair, (B, 1, D), after its norm; the pair's keys and values join `fresh`."""
         return self.norm(self.layers[0].attend_beside(self._joined(embedding, hidden), stored, fresh, span))
@@ -88,7 +99,7 @@ class Head:
 
     def draft(self, state: State, cache: Cache, last: mx.array, k: int, pick: Pick) -> None:
         (hidden,) = state
-        token, fresh = last[:, None], list[Rows]()
+        token, fresh = last[:, None], list[PlainRows]()
         stored = self._stored(cache)
         for i in range(k):
             slot = Span(cache.position - 1 + i, 1)
@@ -101,7 +112,7 @@ class Head:
         if not pairs.arrays():
             return None  # of a text with one token there are none
         rows, mask = pairs.stored(), pairs.mask(Span(cache.position - 2, 1))
-        assert isinstance(rows, Rows) and isinstance(mask, mx.array)
+        assert isinstance(rows, PlainRows) and isinstance(mask, mx.array)
         return Stored(rows, mask)
 
     def _pairs(self, cache: Cache) -> KeyValueCache:
@@ -132,25 +143,14 @@ DECLARATIONS: tuple[tuple[str, str, Mapping[str, bool]], ...] = (
 )
 
 
+is_head, is_bare, WIDTH = base.is_head, base.is_bare, base.HEAD_WIDTH
+
+
 def own_tensors(weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
     """The head's tensors under the names they have below `mtp.`; empty if a file holds no head."""
     if is_bare(weights):
         return dict(weights)
-    return {_PREFIX.sub("", name): array for name, array in weights.items() if _PREFIX.match(name)}
-
-
-def is_head(names: Collection[str]) -> bool:
-    """Whether there is an mtp head among tensors of these names."""
-    return is_bare(names) or any(_PREFIX.match(name) for name in names)
-
-
-def is_bare(names: Collection[str]) -> bool:
-    """Whether a file holds a head and nothing else, and leaves the prefix out."""
-    return WIDTH in names
-
-
-WIDTH = "pre_fc_norm_hidden.weight"  # as wide as the target's hidden, and never quantised
-_PREFIX = re.compile(r"^(model\.|language_model\.)*mtp\.")
+    return {base.HEAD_PREFIX.sub("", name): array for name, array in weights.items() if base.HEAD_PREFIX.match(name)}
 
 
 def convention(

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, cast
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from mtp_mlx.types import LayerCache, Mask, Packed, PackedRows, Rows, Span, Visible
+from mtp_mlx.types import LayerCache, Mask, Packed, PackedRows, PlainRows, Span, Visible
 
 MAX_BLOCK = 32  # rows of the largest block that may be written while decoding: the slack of a ring
 SMALLEST = 256  # rows of the smallest bucket
@@ -165,7 +165,7 @@ class KeyValueCache(ABC):
         return self._visible(self._buffers.stored())
 
     def _visible(self, buffers: list[mx.array]) -> Visible:
-        return Rows(*buffers)
+        return PlainRows(*buffers)
 
     def arrays(self) -> list[mx.array]:
         return self._buffers.held
@@ -279,7 +279,7 @@ class SlidingCache(KeyValueCache):
         kept = min(length, self.size)
         slots = self._slots(start + length - kept, start + length)
         self._buffers.put([part[:, :, length - kept :] for part in rows], slots)
-        return Rows(*seen)
+        return PlainRows(*seen)
 
     def mask(self, span: Span) -> Mask:
         if isinstance(span.start, int):

@@ -13,7 +13,7 @@ from mtp_mlx.errors import CheckpointError
 DEMO = "demo"
 DEMOS = {DEMO: Path(__file__).parent / "demo", "demo-qwen": Path(__file__).parent / "demo_qwen"}
 TENSORS = ".safetensors"
-FILES = ["*.json", "*.safetensors", "*.jinja", "*.model"]
+FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "README.md"]  # the card says what it was made from
 
 
 def find(name: str) -> Path:

@@ -15,15 +15,15 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_tokenizer
 
 from mtp_mlx.checkpoint import Checkpoint, read_header, read_json
-from mtp_mlx.errors import CheckpointError, PairError, RequestError
+from mtp_mlx.errors import CheckpointError, MTPError, PairError, RequestError
 from mtp_mlx.hub import DEMO, DEMOS, TENSORS, find, first_line
 from mtp_mlx.models import base, gemma4, gemma4_assistant, qwen3_5, qwen3_5_mtp
 from mtp_mlx.ngram import NOBODY
+from mtp_mlx.pairs import HOW_TO_GET_A_HEAD, LOOKUP, Choice, choose, holds_head, sidecar
 from mtp_mlx.types import Drafter, Pair, Target
 
-ASSISTANT_FOLDER = "assistant"  # a folder that holds a pair keeps the drafter here
-
 Built = TypeVar("Built")
+Builder = Callable[[mx.Dtype | None, Target], Drafter]
 
 _log = logging.getLogger(__name__)
 
@@ -70,9 +70,9 @@ def _qwen_target(checkpoint: Checkpoint, dtype: mx.Dtype | None) -> qwen3_5.Mode
 def _qwen_head(checkpoint: Checkpoint, dtype: mx.Dtype | None, target: Target) -> Drafter:
     assert isinstance(target, qwen3_5.Model), "families are compared before anything is loaded"
     if checkpoint.file is None:
-        checkpoint = replace(checkpoint, file=_sidecar(checkpoint))
+        checkpoint = replace(checkpoint, file=sidecar(checkpoint))
     if not qwen3_5_mtp.is_head(checkpoint.names()):
-        raise PairError(f"{checkpoint.name} holds no mtp head: {_HOW_TO_GET_A_HEAD}")
+        raise PairError(f"{checkpoint.name} holds no mtp head: {HOW_TO_GET_A_HEAD.format('ORIGINAL')}")
     tensors = qwen3_5_mtp.own_tensors(checkpoint.tensors())
     norm = tensors.get(qwen3_5_mtp.WIDTH)
     if norm is not None and norm.size != target.config.hidden_size:
@@ -124,30 +124,6 @@ def _declared_convention(folder: Path) -> qwen3_5_mtp.Convention | None:
     return None
 
 
-def _sidecar(checkpoint: Checkpoint) -> Path | None:
-    """The file beside a checkpoint's own that holds an mtp head, if those do not."""
-    if qwen3_5_mtp.is_head(checkpoint.names()):
-        return None
-    own = set(checkpoint.shards())
-    found = sorted(file for place in _SIDECARS for file in checkpoint.folder.glob(place) if file.is_file())
-    return next((file for file in found if file not in own and _holds_head(file)), None)
-
-
-def _holds_head(file: Path) -> bool:
-    try:
-        return qwen3_5_mtp.is_head(read_header(file).names)
-    except CheckpointError as error:
-        _log.warning("%s", error)  # nobody has asked for this file
-        return False
-
-
-_SIDECARS = ("*.safetensors", "mtp/*.safetensors", "optiq/*.safetensors")
-_HOW_TO_GET_A_HEAD = (
-    "conversions often drop the tensors mtp.*; the original repository has them, in the files that its "
-    "model.safetensors.index.json names for mtp.*. Put one beside the weights as model-mtp.safetensors, or name the "
-    "file or its folder with --drafter"
-)
-
 _TARGETS: dict[str, Callable[[Checkpoint, mx.Dtype | None], Target]] = {
     "gemma4": _gemma4_target,
     "gemma4_text": _gemma4_target,
@@ -180,6 +156,8 @@ def load(
     Raises CheckpointError for a checkpoint that cannot be read, PairError for a drafter made for another target.
     """
     loaded = load_pair(_name(model), None if drafter is None else _name(drafter), dtype)
+    if loaded.drafter is None and drafter == "auto":
+        _log.warning("no drafter: %s", loaded.drafter_reason)
     return loaded.pair, loaded.tokenizer
 
 
@@ -198,42 +176,47 @@ def load_pair(model: str = DEMO, drafter: str | None = "auto", dtype: mx.Dtype |
     build = _TARGETS.get(checkpoint.model_type)
     if build is None:
         raise CheckpointError(_unknown_target(checkpoint))
-    chosen, reason = choose_drafter(model, checkpoint, drafter)
+    choice = choose(model, checkpoint, drafter)
     # Before the target, which may take minutes: a mistyped drafter should be known at once.
-    build_drafter = None if chosen is None else _drafter_builder(find(chosen), checkpoint)
+    chosen, reason, build_drafter = _drafter(choice, checkpoint)
     target = build(checkpoint, dtype)
-    built: Drafter = NOBODY if build_drafter is None else build_drafter(dtype, target)
+    built, failure = _build(build_drafter, choice, dtype, target)
+    if failure is not None:
+        chosen, reason = None, failure
     return Loaded(Pair(target, built), _tokenizer(checkpoint), model, chosen, reason)
 
 
-def choose_drafter(model: str, checkpoint: Checkpoint, drafter: str | None) -> tuple[str | None, str]:
-    """Which drafter to load for a target, if any, and why."""
-    if drafter is None or drafter == "none":
-        return None, "drafter turned off"
-    if drafter != "auto":
-        return drafter, "named by the caller"
-    inside = checkpoint.folder / ASSISTANT_FOLDER
-    if (inside / "config.json").is_file():
-        return str(inside.absolute()), "lies in the target's folder"
-    if checkpoint.model_type in _HEADS:
-        return _own_head(checkpoint)
-    if not Path(model).exists() and model.startswith("google/gemma-4-") and model.endswith("-it"):
-        return f"{model}-assistant", "released together with the target"
-    return None, f"no drafter is known for {model}: plain decoding; name one with --drafter"
+def _drafter(choice: Choice, target: Checkpoint) -> tuple[str | None, str, Builder | None]:
+    """The first of the drafters that is there and drafts for such targets: its name, why, and how it is built.
+
+    Raises MTPError only for one that the user has named or that is a part of the target.
+    """
+    failures: list[str] = []
+    for name in choice.drafters:
+        try:
+            return name, choice.reason, _drafter_builder(find(name), target)
+        except MTPError as error:
+            if choice.own:
+                raise
+            failures.append(f"{name} cannot be used: {error}")
+    return None, _without(choice, failures), None
 
 
-def _own_head(checkpoint: Checkpoint) -> tuple[str | None, str]:
-    if qwen3_5_mtp.is_head(checkpoint.names()):
-        return str(checkpoint.folder.absolute()), "the mtp head inside the checkpoint"
-    beside = _sidecar(checkpoint)
-    if beside is not None:
-        return str(beside.absolute()), "an mtp head that lies beside the checkpoint's own files"
-    promised = _built(qwen3_5.TextConfig.from_dict, checkpoint).mtp_num_hidden_layers > 0
-    config = "its config.json promises an mtp head, but no file" if promised else "no file"
-    return None, f"{config} in {checkpoint.folder} holds one: plain decoding; {_HOW_TO_GET_A_HEAD}"
+def _build(build: Builder | None, choice: Choice, dtype: mx.Dtype | None, target: Target) -> tuple[Drafter, str | None]:
+    """The drafter, or nobody and why."""
+    try:
+        return (NOBODY if build is None else build(dtype, target)), None
+    except MTPError as error:
+        if choice.own:
+            raise
+        return NOBODY, _without(choice, [str(error)])
 
 
-def _drafter_builder(path: Path, target: Checkpoint) -> Callable[[mx.Dtype | None, Target], Drafter]:
+def _without(choice: Choice, failures: list[str]) -> str:
+    return f"{'; '.join([choice.reason, *failures])}: {LOOKUP}" if failures else choice.reason
+
+
+def _drafter_builder(path: Path, target: Checkpoint) -> Builder:
     if path.name.endswith(TENSORS):
         if target.model_type not in _HEADS:
             raise PairError(f"{path} is a file; the drafters of {target.model_type!r} targets are folders")
@@ -243,7 +226,7 @@ def _drafter_builder(path: Path, target: Checkpoint) -> Callable[[mx.Dtype | Non
         return partial(_qwen_head, replace(target, folder=path.parent, file=path))
     if path.is_dir() and not (path / "config.json").is_file() and target.model_type in _HEADS:
         for file in sorted(path.glob("*" + TENSORS)):
-            if _holds_head(file):
+            if holds_head(file):
                 return _drafter_builder(file, target)
     checkpoint = Checkpoint.open(path)
     _refuse_unknown(checkpoint)

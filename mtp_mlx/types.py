@@ -42,7 +42,7 @@ class Visible(Protocol):
         ...
 
 
-class Rows(NamedTuple):
+class PlainRows(NamedTuple):
     """Keys and values as they are."""
 
     keys: mx.array  # (B, H, S, head size)
@@ -69,7 +69,7 @@ class PackedRows(NamedTuple):
     bits: int
 
     def attend(self, queries: mx.array, scale: float, mask: Mask) -> mx.array:
-        """As `Rows`, without unpacking anything: for a few rows of queries, with a mask (B, 1, L, S)."""
+        """As `PlainRows`, without unpacking anything: for a few rows of queries, with a mask (B, 1, L, S)."""
         assert isinstance(mask, mx.array), "a prompt attends to unpacked rows"
         B, heads, L, size = queries.shape
         # All queries of a KV head are rows of one product, so that its keys are read once.
@@ -85,8 +85,8 @@ class PackedRows(NamedTuple):
             x, numbers, scales, offsets, transpose=transpose, group_size=self.group, bits=self.bits
         )
 
-    def unpacked(self) -> Rows:
-        return Rows(
+    def unpacked(self) -> PlainRows:
+        return PlainRows(
             *(
                 mx.dequantize(numbers, scales, offsets, group_size=self.group, bits=self.bits)
                 for numbers, scales, offsets in (self.keys, self.values)

@@ -33,7 +33,7 @@ from mtp_mlx.penalties import Penalties
 from mtp_mlx.programs import Programs, compiles
 from mtp_mlx.rounds import Sequence
 from mtp_mlx.sampling import Greedy, Sampler
-from mtp_mlx.types import Drafter, Output, Pair, Pick, Rows, Span, State, Target, Visible
+from mtp_mlx.types import Drafter, Output, Pair, Pick, PlainRows, Span, State, Target, Visible
 
 needs_compiler = pytest.mark.xdist_group("compiler")  # two processes would compile the same kernels, into one folder
 
@@ -122,9 +122,9 @@ def mlx_lm_processors(penalties: Penalties) -> list[Callable[[mx.array, mx.array
     return processors
 
 
-def rows_of(visible: Visible) -> Rows:
+def rows_of(visible: Visible) -> PlainRows:
     """What a cache shows, where it is not quantised."""
-    assert isinstance(visible, Rows)
+    assert isinstance(visible, PlainRows)
     return visible
 
 

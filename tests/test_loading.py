@@ -29,9 +29,10 @@ from safetensors.numpy import save_file
 from mtp_mlx.checkpoint import Checkpoint
 from mtp_mlx.errors import CheckpointError, MTPError, PairError, RequestError
 from mtp_mlx.hub import find
-from mtp_mlx.loading import choose_drafter, load, load_pair
+from mtp_mlx.loading import load, load_pair
 from mtp_mlx.models.gemma4_assistant import Assistant, mismatches
 from mtp_mlx.ngram import NoDrafter
+from mtp_mlx.pairs import choose_drafter
 from mtp_mlx.sampling import Greedy
 
 MODES: list[dict[str, Any]] = [
@@ -73,7 +74,7 @@ def test_no_drafter_is_plain_decoding_and_says_so(pair_folder: Path) -> None:
     shutil.rmtree(pair_folder / "assistant")
     loaded = load_pair(str(pair_folder))
     assert isinstance(loaded.pair.drafter, NoDrafter)
-    assert "plain decoding" in loaded.drafter_reason
+    assert "prompt lookup" in loaded.drafter_reason and "--drafter" in loaded.drafter_reason
     checkpoint = Checkpoint(Path(), {})
     assert choose_drafter("google/gemma-4-31B-it", checkpoint, "auto")[0] == "google/gemma-4-31B-it-assistant"
     assert choose_drafter("x", checkpoint, "none")[0] is None

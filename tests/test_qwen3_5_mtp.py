@@ -706,7 +706,7 @@ def test_a_promised_head_that_is_missing_means_plain_decoding_and_how_to_get_it(
     folder = headless("qwen3_5_tied", tmp_path / "target")
     loaded = load_quietly(folder)
     assert isinstance(loaded.pair.drafter, NoDrafter) and loaded.drafter is None
-    for words in ("promises an mtp head", "plain decoding", HELP, "model-mtp.safetensors", "--drafter", str(folder)):
+    for words in ("promises an mtp head", "prompt lookup", HELP, "model-mtp.safetensors", "--drafter", str(folder)):
         assert words in loaded.drafter_reason
     edit_config(folder, lambda config: config["text_config"].update(mtp_num_hidden_layers=0))
     unpromised = load_quietly(folder)
