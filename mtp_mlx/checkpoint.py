@@ -80,21 +80,20 @@ class Checkpoint:
         return {name for shard in self.shards() for name in read_header(shard).names}
 
     def check_sizes(self) -> None:
-        """Compare what the config calls for with what the files hold, before anything is built from it.
+        """Refuse a config that calls for absurdly more than the files hold, before anything is built from it.
 
-        Raises CheckpointError for more layers than tensors, or a size beyond that of every tensor.
+        What is plausible goes on, to be compared tensor by tensor. Raises CheckpointError.
         """
         shapes = [entry.shape for shard in self.shards() for entry in read_header(shard).tensors.values()]
         longest = max((max(shape, default=1) for shape in shapes), default=0)
-        text = self.config.get("text_config")
-        for config in (self.config, text if isinstance(text, Mapping) else {}):
-            for name, most in {**dict.fromkeys(_SIZES, longest), "num_hidden_layers": len(shapes)}.items():
+        limits = dict.fromkeys(_SIZES, max(longest, 2**20)) | {"num_hidden_layers": max(len(shapes), 2**10)}
+        for config in (self.config, self.config.get("text_config")):
+            for name, most in limits.items() if isinstance(config, Mapping) else ():
                 value = config.get(name)
                 if isinstance(value, int) and value > most:
                     raise CheckpointError(
-                        f"{self.folder / 'config.json'} says {name} {value}, and the {len(shapes)} tensors of the "
-                        f"checkpoint, none longer than {longest}, cannot be of that size; the config belongs to "
-                        "another model, or has been tampered with"
+                        f"{self.folder / 'config.json'} says {name} {value}, which is beyond the {len(shapes)} tensors "
+                        f"of {self.name}, none longer than {longest}; download it again, or do not trust it"
                     )
 
     def tensors(self) -> dict[str, mx.array]:
@@ -223,8 +222,7 @@ def _affine(width: int, packed: mx.array, scales: mx.array) -> dict[str, Any]:
 
 
 _WRAPPERS = ("", "language_model.", "mtp.", "language_model.mtp.")
-# Entries of a config that are, or divide, the length of some tensor, quantised or not. Left out is what may stand in a
-# config without being used, such as a number of experts in a dense model.
+# Entries of a config that are, or divide, the length of some tensor, quantised or not.
 _SIZES = (
     "hidden_size",
     "backbone_hidden_size",
