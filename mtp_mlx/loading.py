@@ -40,6 +40,7 @@ class Loaded:
 
 
 def _gemma4_target(checkpoint: Checkpoint, dtype: mx.Dtype | None) -> gemma4.Model:
+    checkpoint.check_sizes()
     model = _built(lambda config: gemma4.Model(gemma4.TextConfig.from_dict(config)), checkpoint)
     checkpoint.fill(model, model.sanitize, dtype)
     return model
@@ -47,6 +48,7 @@ def _gemma4_target(checkpoint: Checkpoint, dtype: mx.Dtype | None) -> gemma4.Mod
 
 def _gemma4_drafter(checkpoint: Checkpoint, dtype: mx.Dtype | None, target: Target) -> Drafter:
     assert isinstance(target, gemma4.Model), "families are compared before anything is loaded"
+    checkpoint.check_sizes()
     config = _built(gemma4_assistant.Config.from_dict, checkpoint)
     found = gemma4_assistant.mismatches(config, target.config)
     if found:
@@ -62,6 +64,7 @@ def _gemma4_drafter(checkpoint: Checkpoint, dtype: mx.Dtype | None, target: Targ
 
 
 def _qwen_target(checkpoint: Checkpoint, dtype: mx.Dtype | None) -> qwen3_5.Model:
+    checkpoint.check_sizes()
     model = _built(lambda config: qwen3_5.Model(qwen3_5.TextConfig.from_dict(config)), checkpoint)
     checkpoint.fill(model, model.sanitize, dtype, exact=("A_log",))
     return model
@@ -278,11 +281,12 @@ def _built(build: Callable[[Mapping[str, Any]], Built], checkpoint: Checkpoint) 
 def _tokenizer(checkpoint: Checkpoint) -> TokenizerWrapper:
     if not (checkpoint.folder / "tokenizer.json").is_file():
         raise CheckpointError(f"{checkpoint.folder} has no tokenizer.json; download the whole checkpoint")
-    # The limit is ours to check, against the model's context; transformers would only warn, on stderr.
-    limits = {"model_max_length": 2**40}
+    # The limit is ours to check, against the model's context; transformers would only warn, on stderr. And without
+    # a no it would ask on a terminal whether to run a tokenizer's own code.
+    options = {"model_max_length": 2**40, "trust_remote_code": False}
     eos = checkpoint.eos_token_ids()
     try:
-        tokenizer: TokenizerWrapper = load_tokenizer(checkpoint.folder, limits, eos_token_ids=eos)
+        tokenizer: TokenizerWrapper = load_tokenizer(checkpoint.folder, options, eos_token_ids=eos)
     except Exception as error:  # tokenizers raises bare Exceptions, transformers nearly anything
         raise CheckpointError(f"the tokenizer in {checkpoint.folder} cannot be read: {first_line(error)}") from error
     return tokenizer
