@@ -406,6 +406,11 @@ class Model(nn.Module):
         return base.weight_bytes(self)
 
     @property
+    def layers(self) -> list[DecoderLayer]:
+        """Where mlx-lm's adapters look for them."""
+        return self.model.layers
+
+    @property
     def layout(self) -> Layout:
         """What its cache holds: layers that share keys are further readers of their owner's."""
         config = self.config

@@ -407,6 +407,11 @@ class Model(nn.Module):
         return base.weight_bytes(self)
 
     @property
+    def layers(self) -> list[DecoderLayer]:
+        """Where mlx-lm's adapters look for them."""
+        return self.model.layers
+
+    @property
     def layout(self) -> Layout:
         """What its cache holds."""
         config = self.config

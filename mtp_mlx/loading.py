@@ -11,10 +11,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_tokenizer
 
+from mtp_mlx import adapters, memory
 from mtp_mlx.checkpoint import Checkpoint, read_header, read_json
+from mtp_mlx.draft_model import DraftModel
+from mtp_mlx.drafter_bits import Bits, choose_bits, quantise
 from mtp_mlx.errors import CheckpointError, MTPError, PairError, RequestError
 from mtp_mlx.hub import DEMO, DEMOS, TENSORS, find, first_line
 from mtp_mlx.models import base, gemma4, gemma4_assistant, qwen3_5, qwen3_5_mtp
@@ -37,6 +41,7 @@ class Loaded:
     target: str
     drafter: str | None
     drafter_reason: str  # why this drafter, or why none
+    adapter: str | None = None  # the fine-tune that was put onto the target, and what it is
 
 
 def _gemma4_target(checkpoint: Checkpoint, dtype: mx.Dtype | None) -> gemma4.Model:
@@ -148,17 +153,34 @@ _HEADS = {name: _qwen_head for name, build in _TARGETS.items() if build is _qwen
 
 
 def load(
-    model: str | Path = DEMO, drafter: str | Path | None = "auto", *, dtype: mx.Dtype | None = None
+    model: str | Path = DEMO,
+    drafter: str | Path | None = "auto",
+    *,
+    dtype: mx.Dtype | None = None,
+    drafter_bits: Bits = "auto",
+    kv_bits: int | None = None,
+    adapter: str | Path | None = None,
 ) -> tuple[Pair, TokenizerWrapper]:
     """Load a target with its drafter, and the tokenizer.
 
     `model` is a folder, a hub id or demo. `drafter` is a folder, a hub id, a file, "auto" for the one that belongs
-    to the target, or None (or "none") for plain decoding. `dtype` recasts the weights that are not quantised;
-    None keeps the checkpoint's.
+    to the target, or None (or "none") for plain decoding; a smaller model of the target's family drafts as well.
+    `dtype` recasts the weights that are not quantised; None keeps the checkpoint's. `drafter_bits` 4 or 8 quantises the
+    drafter, None keeps it as it is, "auto" quantises one that would read too much beside a quantised target.
+    `kv_bits` 4 or 8 quantises the keys and values of full-attention layers: the text is then that of plain decoding
+    with the same `kv_bits`. `adapter` is the folder or hub id of a fine-tune of the target in mlx-lm's format.
 
-    Raises CheckpointError for a checkpoint that cannot be read, PairError for a drafter made for another target.
+    Raises CheckpointError for a checkpoint that cannot be read, PairError for a drafter made for another target,
+    RequestError for bits that are not to be had.
     """
-    loaded = load_pair(_name(model), None if drafter is None else _name(drafter), dtype)
+    loaded = load_pair(
+        _name(model),
+        None if drafter is None else _name(drafter),
+        dtype,
+        drafter_bits=drafter_bits,
+        kv_bits=kv_bits,
+        adapter=None if adapter is None else _name(adapter),
+    )
     if loaded.drafter is None and drafter == "auto":
         _log.warning("no drafter: %s", loaded.drafter_reason)
     return loaded.pair, loaded.tokenizer
@@ -169,11 +191,22 @@ def _name(given: str | Path) -> str:
     return f"./{given}" if isinstance(given, Path) and str(given) in DEMOS else str(given)
 
 
-def load_pair(model: str = DEMO, drafter: str | None = "auto", dtype: mx.Dtype | None = None) -> Loaded:
+def load_pair(
+    model: str = DEMO,
+    drafter: str | None = "auto",
+    dtype: mx.Dtype | None = None,
+    *,
+    drafter_bits: Bits = "auto",
+    kv_bits: int | None = None,
+    adapter: str | None = None,
+) -> Loaded:
     """As `load`, with the names of both parts and the reason for the choice of drafter."""
+    if kv_bits not in (None, 4, 8):
+        raise RequestError(f"keys and values cannot be held in {kv_bits} bits; give 4 or 8, or leave it out")
     if dtype is not None and not mx.issubdtype(dtype, mx.floating):
         raise RequestError(f"weights cannot be {dtype}; give a floating-point type such as mx.float32")
     folder = find(model)
+    _refuse_adapter(folder)
     checkpoint = Checkpoint.open(folder)
     _refuse_unknown(checkpoint)
     build = _TARGETS.get(checkpoint.model_type)
@@ -182,11 +215,49 @@ def load_pair(model: str = DEMO, drafter: str | None = "auto", dtype: mx.Dtype |
     choice = choose(model, checkpoint, drafter)
     # Before the target, which may take minutes: a mistyped drafter should be known at once.
     chosen, reason, build_drafter = _drafter(choice, checkpoint)
+    added = None if adapter is None else find(adapter)
     target = build(checkpoint, dtype)
+    tuned = None if added is None else f"{adapter}: {adapters.apply(_module(target), added)}"
+    _check_kv(target, kv_bits)
     built, failure = _build(build_drafter, choice, dtype, target)
     if failure is not None:
         chosen, reason = None, failure
-    return Loaded(Pair(target, built), _tokenizer(checkpoint), model, chosen, reason)
+    reason += _narrowed(built, target, drafter_bits)
+    return Loaded(Pair(target, built, kv_bits=kv_bits), _tokenizer(checkpoint), model, chosen, reason, tuned)
+
+
+def _check_kv(target: Target, kv_bits: int | None) -> None:
+    try:
+        target.make_cache(kv_bits)
+    except ValueError as error:
+        raise RequestError(f"keys and values of this target: {error}; leave --kv-bits out") from error
+
+
+def _narrowed(drafter: Drafter, target: Target, bits: Bits) -> str:
+    """Quantise a drafter if that was asked for or pays; what is to be said of it."""
+    if isinstance(drafter, gemma4_assistant.Assistant | qwen3_5_mtp.Head):
+        network: memory.Network = drafter.network
+    elif isinstance(drafter, DraftModel):
+        network, bits = _network(drafter.model), None if bits == "auto" else bits  # it has the form that was chosen
+    elif isinstance(bits, int):
+        raise RequestError(f"there is no drafter to hold in {bits} bits; name one with --drafter")
+    else:
+        return ""
+    chosen, reason = choose_bits(bits, _network(target), network)
+    if chosen is None:
+        return ""
+    quantise(_module(network), chosen)
+    return f"; {reason}"
+
+
+def _module(network: Target | memory.Network) -> nn.Module:
+    assert isinstance(network, nn.Module)
+    return network
+
+
+def _network(target: Target) -> memory.Network:
+    assert isinstance(target, gemma4.Model | qwen3_5.Model)
+    return target
 
 
 def _drafter(choice: Choice, target: Checkpoint) -> tuple[str | None, str, Builder | None]:
@@ -233,11 +304,13 @@ def _drafter_builder(path: Path, target: Checkpoint) -> Builder:
                 return _drafter_builder(file, target)
     checkpoint = Checkpoint.open(path)
     _refuse_unknown(checkpoint)
+    if _is_smaller_model(checkpoint, target):
+        return partial(_draft_model, checkpoint, target)
     build = (_DRAFTERS | _HEADS).get(checkpoint.model_type)
     if build is None:
         raise PairError(
-            f"{path} has model_type {checkpoint.model_type!r}, which is not a drafter; known drafters: "
-            f"{', '.join(sorted(_DRAFTERS))}"
+            f"{path} has model_type {checkpoint.model_type!r}, which does not draft for {target.model_type!r} targets; "
+            f"known drafters: {', '.join(sorted(_DRAFTERS))}, or a smaller model of the target's family"
         )
     if (build is _qwen_head) != (target.model_type in _HEADS):
         raise PairError(
@@ -247,6 +320,37 @@ def _drafter_builder(path: Path, target: Checkpoint) -> Builder:
     return partial(build, checkpoint)
 
 
+def _is_smaller_model(checkpoint: Checkpoint, target: Checkpoint) -> bool:
+    """Whether a checkpoint is to draft as a whole. A Qwen as wide as the target is asked for its head alone."""
+    build = _TARGETS.get(checkpoint.model_type)
+    if build is None or build is not _TARGETS[target.model_type]:
+        return False
+    return build is not _qwen_target or _width(checkpoint) != _width(target)
+
+
+def _width(checkpoint: Checkpoint) -> int:
+    return _built(qwen3_5.TextConfig.from_dict, checkpoint).hidden_size
+
+
+def _draft_model(
+    checkpoint: Checkpoint, target_checkpoint: Checkpoint, dtype: mx.Dtype | None, target: Target
+) -> Drafter:
+    model = _TARGETS[checkpoint.model_type](checkpoint, dtype)
+    if model.vocabulary != target.vocabulary or not _same_tokens(checkpoint, target_checkpoint):
+        raise PairError(
+            f"{checkpoint.folder} has another vocabulary than the target ({model.vocabulary} and {target.vocabulary} "
+            "tokens), so its drafts would mean something else; use a smaller model of the same release"
+        )
+    return DraftModel(model)
+
+
+def _same_tokens(one: Checkpoint, other: Checkpoint) -> bool:
+    files = [checkpoint.folder / "tokenizer.json" for checkpoint in (one, other)]
+    if all(file.is_file() for file in files) and files[0].read_bytes() == files[1].read_bytes():
+        return True
+    return bool(_tokenizer(one).get_vocab() == _tokenizer(other).get_vocab())
+
+
 def _unknown_target(checkpoint: Checkpoint) -> str:
     if checkpoint.model_type in _DRAFTERS:
         return f"{checkpoint.folder} is a drafter; give its target with --model and this folder with --drafter"
@@ -254,6 +358,12 @@ def _unknown_target(checkpoint: Checkpoint) -> str:
         f"{checkpoint.folder} has model_type {checkpoint.model_type!r}; supported targets: "
         f"{', '.join(sorted(_TARGETS))}"
     )
+
+
+def _refuse_adapter(folder: Path) -> None:
+    if (folder / adapters.CONFIG).is_file() and not (folder / "config.json").is_file():
+        base_model = adapters.base_model(folder) or "the model that it was made for"
+        raise CheckpointError(f"{folder} is an adapter, not a model; use --model {base_model} --adapter {folder}")
 
 
 def _refuse_unknown(checkpoint: Checkpoint) -> None:
