@@ -87,14 +87,15 @@ class Checkpoint:
         shapes = [entry.shape for shard in self.shards() for entry in read_header(shard).tensors.values()]
         longest = max((max(shape, default=1) for shape in shapes), default=0)
         limits = dict.fromkeys(_SIZES, max(longest, 2**20)) | {"num_hidden_layers": max(len(shapes), 2**10)}
-        for config in (self.config, self.config.get("text_config")):
-            for name, most in limits.items() if isinstance(config, Mapping) else ():
-                value = config.get(name)
-                if isinstance(value, int) and value > most:
-                    raise CheckpointError(
-                        f"{self.folder / 'config.json'} says {name} {value}, which is beyond the {len(shapes)} tensors "
-                        f"of {self.name}, none longer than {longest}; download it again, or do not trust it"
-                    )
+        text = self.config.get("text_config")
+        said = dict(self.config) | (text if isinstance(text, dict) else {})
+        for name, most in limits.items():
+            value = said.get(name)
+            if isinstance(value, int) and value > most:
+                raise CheckpointError(
+                    f"{self.folder / 'config.json'} says {name} {value}, which is beyond the {len(shapes)} tensors of "
+                    f"{self.name}, none longer than {longest}; download it again, or do not trust it"
+                )
 
     def tensors(self) -> dict[str, mx.array]:
         """Every tensor by name, read lazily."""

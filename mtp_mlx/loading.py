@@ -15,7 +15,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_tokenizer
 
 from mtp_mlx.checkpoint import Checkpoint, read_header, read_json
-from mtp_mlx.errors import CheckpointError, PairError, RequestError
+from mtp_mlx.errors import CheckpointError, MTPError, PairError, RequestError
 from mtp_mlx.hub import DEMO, DEMOS, TENSORS, find, first_line
 from mtp_mlx.models import base, gemma4, gemma4_assistant, qwen3_5, qwen3_5_mtp
 from mtp_mlx.ngram import NOBODY
@@ -195,18 +195,42 @@ def load_pair(model: str = DEMO, drafter: str | None = "auto", dtype: mx.Dtype |
     """As `load`, with the names of both parts and the reason for the choice of drafter."""
     if dtype is not None and not mx.issubdtype(dtype, mx.floating):
         raise RequestError(f"weights cannot be {dtype}; give a floating-point type such as mx.float32")
-    folder = find(model)
-    checkpoint = Checkpoint.open(folder)
-    _refuse_unknown(checkpoint)
-    build = _TARGETS.get(checkpoint.model_type)
-    if build is None:
-        raise CheckpointError(_unknown_target(checkpoint))
+    checkpoint = open_target(find(model, open_target))
+    build = _TARGETS[checkpoint.model_type]
     chosen, reason = choose_drafter(model, checkpoint, drafter)
     # Before the target, which may take minutes: a mistyped drafter should be known at once.
     build_drafter = None if chosen is None else _drafter_builder(find(chosen), checkpoint)
     target = build(checkpoint, dtype)
     built: Drafter = NOBODY if build_drafter is None else build_drafter(dtype, target)
     return Loaded(Pair(target, built), _tokenizer(checkpoint), model, chosen, reason)
+
+
+def fetch(model: str, drafter: str | None = "auto") -> None:
+    """Bring the files of both parts here, so that loading them reads the disk only.
+
+    Raises MTPError for a part that the user has named; what becomes of another drafter is for the loading to say.
+    """
+    chosen, _ = choose_drafter(model, open_target(find(model, open_target)), drafter)
+    try:
+        if chosen is not None:
+            find(chosen)
+    except MTPError:
+        if drafter != "auto":
+            raise
+
+
+def open_target(folder: Path) -> Checkpoint:
+    """The checkpoint in a folder. Raises CheckpointError unless it is a target, by what its config says."""
+    checkpoint = Checkpoint.open(folder)
+    _refuse_unknown(checkpoint)
+    if checkpoint.model_type not in _TARGETS:
+        raise CheckpointError(_unknown_target(checkpoint))
+    return checkpoint
+
+
+def role(model_type: str) -> str | None:
+    """What a checkpoint of this model_type is for us: 'target', 'drafter', or None for nothing we can run."""
+    return "target" if model_type in _TARGETS else "drafter" if model_type in _DRAFTERS else None
 
 
 def choose_drafter(model: str, checkpoint: Checkpoint, drafter: str | None) -> tuple[str | None, str]:
