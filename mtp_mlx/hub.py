@@ -197,25 +197,33 @@ def download(repo: str, accept: Accept = lambda folder: None) -> Fetched:
             raise CheckpointError(f"{repo} has no safetensors{found}; only safetensors are read: use an MLX conversion")
         small = [glob.escape(name) for name, size in files.items() if _is_small(name, size)]
         before = Snapshot.held(repo)
-        folder = Path(snapshot_download(repo, allow_patterns=small, tqdm_class=_Bar))
+        folder = Path(snapshot_download(repo, allow_patterns=small, tqdm_class=_Silent))
         accept(folder)
         snapshot = Snapshot(repo, folder, files)
         missing = {name: files[name] for name in snapshot.missing()}
         _check_space(repo, folder, sum(missing.values()))
         for name in missing:
             # In this thread, where Ctrl-C ends it at once, and one by one: a large file is fetched in parts as it is.
-            hf_hub_download(repo, name, revision=folder.name, force_download=(folder / name).exists())
+            damaged = (folder / name).exists()
+            hf_hub_download(repo, name, revision=folder.name, force_download=damaged, tqdm_class=_Bar)
     needed = {name: size or 0 for name, size in snapshot.needed().items()}
     if before is None or before.folder != folder:
         missing = needed
     return Fetched(folder, missing, sum(needed.values()))
 
 
-class _Bar(tqdm):
-    """The bar of the hub's client, on terminals only, like those of its single files."""
+class _Silent(tqdm):
+    """No bars: those of the small files would stay open, and be drawn once more into what comes after."""
 
     def __init__(self, *arguments: Any, **options: Any):
-        super().__init__(*arguments, **{"disable": None, **options})  # type: ignore[no-untyped-call]
+        super().__init__(*arguments, **{**options, "disable": True})  # type: ignore[no-untyped-call]
+
+
+class _Bar(tqdm):
+    """The bar of one file, called by the file's name instead of the end of its address."""
+
+    def __init__(self, *arguments: Any, desc: str = "", **options: Any):
+        super().__init__(*arguments, desc=desc.rpartition("/")[2], **options)  # type: ignore[no-untyped-call]
 
 
 def _check_space(repo: str, folder: Path, wanted: int) -> None:
