@@ -37,7 +37,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, tqdm
 
-from mtp_mlx.checkpoint import INDEX, Header, header_length, read_json, shard_names
+from mtp_mlx.checkpoint import INDEX, Header, header_length, read_header, read_json, shard_names
 from mtp_mlx.errors import CheckpointError, MTPError
 
 DEMO = "demo"
@@ -146,13 +146,26 @@ class Snapshot:
         return {name: self.files[name] for name in [*others, *shards]}
 
     def missing(self) -> list[str]:
-        """The files that are read and not here in full length."""
+        """The files that are read and not here in full length. Raises CheckpointError as `needed` does."""
         try:
             return [name for name, size in self.needed().items() if not _is_here(self.folder / name, size)]
         except CheckpointError:
             if self.files is not None:
                 raise
             return ["the weights"]
+
+    def damaged(self) -> list[str]:
+        """The weight files that are here in full length, and are none."""
+        return [name for name, size in self.needed().items() if name.endswith(TENSORS) and self._is_damaged(name, size)]
+
+    def _is_damaged(self, name: str, size: int | None) -> bool:
+        if not _is_here(self.folder / name, size):
+            return False
+        try:
+            read_header(self.folder / name)
+        except CheckpointError:
+            return True
+        return False
 
 
 def _is_small(name: str, size: int) -> bool:
@@ -185,7 +198,7 @@ class Fetched:
 
 
 def download(repo: str, accept: Accept = lambda folder: None) -> Fetched:
-    """Bring the newest commit of a repository here; files that are here already are kept.
+    """Bring the newest commit of a repository here; files that are here already are kept, unless they are damaged.
 
     Raises UnreachableError where there is no way to the hub, CheckpointError for all else that can go wrong.
     """
@@ -200,12 +213,12 @@ def download(repo: str, accept: Accept = lambda folder: None) -> Fetched:
         folder = Path(snapshot_download(repo, allow_patterns=small, tqdm_class=_Silent))
         accept(folder)
         snapshot = Snapshot(repo, folder, files)
-        missing = {name: files[name] for name in snapshot.missing()}
+        missing = {name: files[name] for name in [*snapshot.missing(), *snapshot.damaged()]}
         _check_space(repo, folder, sum(missing.values()))
         for name in missing:
             # In this thread, where Ctrl-C ends it at once, and one by one: a large file is fetched in parts as it is.
-            damaged = (folder / name).exists()
-            hf_hub_download(repo, name, revision=folder.name, force_download=damaged, tqdm_class=_Bar)
+            stale = (folder / name).exists()
+            hf_hub_download(repo, name, revision=folder.name, force_download=stale, tqdm_class=_Bar)
     needed = {name: size or 0 for name, size in snapshot.needed().items()}
     if before is None or before.folder != folder:
         missing = needed

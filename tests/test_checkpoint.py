@@ -75,6 +75,12 @@ def test_a_header_that_lies_is_refused_from_afar(hub: Loopback) -> None:
             Remote.open("a/b").header(WEIGHTS)
 
 
+def test_no_header_is_longer_than_the_format_allows() -> None:
+    assert header_length((10**8).to_bytes(8, "little"), 2**40) == 10**8
+    with pytest.raises(ValueError, match="a header of 100000001 bytes"):
+        header_length((10**8 + 1).to_bytes(8, "little"), 2**40)
+
+
 def test_every_dtype_of_the_format_is_known(tmp_path: Path) -> None:
     kinds = [mx.bool_, mx.uint8, mx.int8, mx.uint16, mx.int16, mx.uint32, mx.int32, mx.uint64, mx.int64]
     kinds += [mx.float16, mx.bfloat16, mx.float32, mx.complex64]

@@ -10,6 +10,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 from huggingface_hub import constants, hf_hub_download, snapshot_download
+from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
 from loopback import FIXTURES, Loopback, Repository
 
 from mtp_mlx.checkpoint import INDEX, read_header
@@ -136,10 +137,39 @@ def test_a_file_cut_short_on_the_disk_is_fetched_again(hub: Loopback) -> None:
     assert hub.sent(DENSE) - before == (FIXTURES / "gemma4_keqv" / WEIGHTS).stat().st_size
 
 
+def test_a_damaged_file_is_fetched_again_when_asked_for(hub: Loopback) -> None:
+    blob = (find(DENSE) / WEIGHTS).resolve()
+    blob.write_bytes(bytes(blob.stat().st_size))
+    with pytest.raises(CheckpointError, match="is damaged or cut short"):
+        load_pair(DENSE)
+    assert download(DENSE).new == {WEIGHTS: blob.stat().st_size}
+    assert load_pair(DENSE).drafter
+
+
+def test_a_file_too_large_for_a_configuration_is_left(hub: Loopback, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mtp_mlx.hub._LARGEST_SMALL", 10_000)
+    assert "tokenizer.json" not in held(find(DENSE))
+    with pytest.raises(CheckpointError, match="too many for a configuration"):
+        Remote.open(DENSE).json("tokenizer.json")
+
+
+def test_what_another_program_has_left_out_is_fetched(hub: Loopback, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.add("a/b", FIXTURES / "gemma4_keqv", {"mtp/weights.safetensors": b""})
+    snapshot_download("a/b", allow_patterns=["*.json", "model*.safetensors"])
+    forget_lists(hub, monkeypatch)
+    assert "mtp/weights.safetensors" in held(find("a/b"))
+
+
+def forget_lists(hub: Loopback, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if an older client had filled the cache, which did not write down what a repository has."""
+    for trees in hub.home.glob("hub/*/trees"):
+        shutil.rmtree(trees)
+    monkeypatch.setattr("huggingface_hub._tree_cache._IN_MEMORY_TREE_CACHE", {})
+
+
 def test_what_another_program_has_fetched_is_used(hub: Loopback, monkeypatch: pytest.MonkeyPatch) -> None:
     snapshot_download(SHARDED, allow_patterns=["*.json", "model*.safetensors"])
-    shutil.rmtree(hub.home / "hub" / "models--google--gemma-4-26B-A4B-it" / "trees")
-    monkeypatch.setattr("huggingface_hub._tree_cache._IN_MEMORY_TREE_CACHE", {})
+    forget_lists(hub, monkeypatch)
     unreachable(monkeypatch)
     folder = find(SHARDED)
     assert set(SHARDS) < held(folder)
@@ -207,6 +237,13 @@ def _disk_full(hub: Loopback, patch: pytest.MonkeyPatch) -> None:
     patch.setattr("mtp_mlx.hub.hf_hub_download", full)
 
 
+def _lost(hub: Loopback, patch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object, **options: object) -> str:
+        raise LocalEntryNotFoundError("Cannot find it.\nCheck all.") from HTTPError("no route to host")
+
+    patch.setattr("mtp_mlx.hub.hf_hub_download", fail)
+
+
 def _read_only(hub: Loopback, patch: pytest.MonkeyPatch) -> None:
     hub.home.parent.joinpath("file").write_text("")
     patch.setattr(constants, "HF_HUB_CACHE", str(hub.home.parent / "file" / "hub"))
@@ -240,6 +277,7 @@ FAILURES: dict[str, tuple[Callable[[Loopback, pytest.MonkeyPatch], None], str]] 
     "an index that is no index": (_serve(**{INDEX: b"[]"}), "expected an object"),
     "no space": (_no_space, "GB are free; free some, or set HF_HOME"),
     "the disk is full": (_disk_full, "the disk is full"),
+    "the hub is gone in between": (_lost, "does not answer (no route to host)"),
     "a cache that cannot be written": (_read_only, "could not be downloaded"),
 }
 
@@ -289,6 +327,8 @@ def test_a_range_goes_on_where_the_connection_broke(hub: Loopback) -> None:
     assert Remote.open(DENSE).read(WEIGHTS, 1000, 301_000) == content[1000:301_000]
     assert len(hub.ranges(DENSE, WEIGHTS)) == 6  # each is first sent elsewhere
     assert hub.sent(DENSE, WEIGHTS) < 310_000
+    hub.fail(DENSE, "tokenizer.json", after=5_000)
+    assert "model" in Remote.open(DENSE).json("tokenizer.json")
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {

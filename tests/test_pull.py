@@ -90,6 +90,12 @@ def test_pull_says_what_came(hub: Loopback, shell: Shell) -> None:
     assert code == 0 and [part["fetched"] for part in json.loads(out)["parts"]] == [0, 0]
 
 
+def test_a_broken_connection_that_is_taken_up_again_is_not_worth_a_word(hub: Loopback, shell: Shell) -> None:
+    hub.fail(QWEN, "model.safetensors", after=1000)
+    code, _, err = shell("pull", QWEN)
+    assert (code, err) == (0, "")
+
+
 def test_pull_takes_the_drafter_it_is_told(hub: Loopback, shell: Shell) -> None:
     hub.add("me/drafter", FIXTURES / "gemma4_keqv" / "assistant_ordered")
     assert shell("pull", DENSE, "--drafter", "none")[1].count("files") == 1
