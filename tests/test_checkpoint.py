@@ -120,6 +120,7 @@ SIZES = {
     "num_attention_heads": 10**12,
     "num_key_value_heads": 10**12,
     "num_hidden_layers": 10**9,
+    "sliding_window": 2**30,
 }
 
 
