@@ -209,7 +209,7 @@ def download(repo: str, accept: Accept = lambda folder: None) -> Fetched:
             found = f", only {', '.join(kinds)}" if kinds else ""
             raise CheckpointError(f"{repo} has no safetensors{found}; only safetensors are read: use an MLX conversion")
         small = [glob.escape(name) for name, size in files.items() if _is_small(name, size)]
-        before = Snapshot.held(repo)
+        before = _blobs(Snapshot.held(repo))
         folder = Path(snapshot_download(repo, allow_patterns=small, tqdm_class=_Silent))
         accept(folder)
         snapshot = Snapshot(repo, folder, files)
@@ -220,9 +220,17 @@ def download(repo: str, accept: Accept = lambda folder: None) -> Fetched:
             stale = (folder / name).exists()
             hf_hub_download(repo, name, revision=folder.name, force_download=stale, tqdm_class=_Bar)
     needed = {name: size or 0 for name, size in snapshot.needed().items()}
-    if before is None or before.folder != folder:
-        missing = needed
-    return Fetched(folder, missing, sum(needed.values()))
+    after = _blobs(snapshot)
+    new = {name: size for name, size in needed.items() if name in missing or before.get(name) != after.get(name)}
+    return Fetched(folder, new, sum(needed.values()))
+
+
+def _blobs(snapshot: Snapshot | None) -> dict[str, Path]:
+    """Where the contents of a snapshot's files are: a file that a new commit leaves as it was stays where it is."""
+    if snapshot is None:
+        return {}
+    paths = {str(path.relative_to(snapshot.folder)): path for path in snapshot.folder.rglob("*")}
+    return {name: path.resolve() for name, path in paths.items() if path.is_file()}
 
 
 class _Silent(tqdm):

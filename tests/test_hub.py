@@ -83,8 +83,9 @@ def test_a_new_commit_is_fetched_when_asked_for_and_only_what_changed(hub: Loopb
     hub.add(SHARDED, FIXTURES / "gemma4_moe", {"generation_config.json": b"{}"})
     assert find(SHARDED) == old
     before = hub.sent(SHARDED)
-    new = download(SHARDED).folder
-    assert find(SHARDED) == new != old
+    came = download(SHARDED)
+    assert find(SHARDED) == came.folder != old
+    assert came.new == {"generation_config.json": 2}
     assert hub.sent(SHARDED) - before == 2
 
 
