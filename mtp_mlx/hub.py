@@ -184,8 +184,8 @@ def _is_sidecar(name: str) -> bool:
     return not folder and any(fnmatch(base, pattern) for pattern in _SIDECARS)
 
 
-def _is_here(path: Path, size: int | None) -> bool:
-    return path.is_file() and (size is None or path.stat().st_size == size)
+def _is_here(path: Path | None, size: int | None) -> bool:
+    return path is not None and path.is_file() and (size is None or path.stat().st_size == size)
 
 
 @dataclass(frozen=True)
@@ -213,15 +213,16 @@ def download(repo: str, accept: Accept = lambda folder: None) -> Fetched:
         folder = Path(snapshot_download(repo, allow_patterns=small, tqdm_class=_Silent))
         accept(folder)
         snapshot = Snapshot(repo, folder, files)
-        missing = {name: files[name] for name in [*snapshot.missing(), *snapshot.damaged()]}
-        _check_space(repo, folder, sum(missing.values()))
+        missing = [*snapshot.missing(), *snapshot.damaged()]
+        stale = {name for name in missing if (folder / name).exists()}
+        # A file of the same size is most probably the same, and then only given a second name.
+        _check_space(repo, folder, sum(files[name] for name in missing if not _is_here(before.get(name), files[name])))
         for name in missing:
             # In this thread, where Ctrl-C ends it at once, and one by one: a large file is fetched in parts as it is.
-            stale = (folder / name).exists()
-            hf_hub_download(repo, name, revision=folder.name, force_download=stale, tqdm_class=_Bar)
+            hf_hub_download(repo, name, revision=folder.name, force_download=name in stale, tqdm_class=_Bar)
     needed = {name: size or 0 for name, size in snapshot.needed().items()}
     after = _blobs(snapshot)
-    new = {name: size for name, size in needed.items() if name in missing or before.get(name) != after.get(name)}
+    new = {name: size for name, size in needed.items() if name in stale or before.get(name) != after.get(name)}
     return Fetched(folder, new, sum(needed.values()))
 
 

@@ -78,11 +78,16 @@ def test_what_is_complete_runs_offline(hub: Loopback, monkeypatch: pytest.Monkey
     assert "not in the local cache, and HF_HUB_OFFLINE" in refusal(SHARDED)
 
 
-def test_a_new_commit_is_fetched_when_asked_for_and_only_what_changed(hub: Loopback) -> None:
+def test_a_new_commit_is_fetched_when_asked_for_and_only_what_changed(
+    hub: Loopback, monkeypatch: pytest.MonkeyPatch
+) -> None:
     old = find(SHARDED)
     hub.add(SHARDED, FIXTURES / "gemma4_moe", {"generation_config.json": b"{}"})
     assert find(SHARDED) == old
     before = hub.sent(SHARDED)
+    monkeypatch.setattr(
+        "mtp_mlx.hub.shutil.disk_usage", lambda folder: shutil._ntuple_diskusage(10**6, 900_000, 100_000)
+    )
     came = download(SHARDED)
     assert find(SHARDED) == came.folder != old
     assert came.new == {"generation_config.json": 2}
