@@ -5,12 +5,14 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
 from loopback import FIXTURES, Loopback
 
+from mtp_mlx.cli import display
 from mtp_mlx.cli.main import main
 
 PROGRAM = str(Path(sys.executable).parent / "mtp-mlx")
@@ -76,6 +78,20 @@ def test_ctrl_c_ends_a_download_at_once_and_the_next_one_goes_on(hub: Loopback) 
     assert hub.sent(repo) - first == sum(
         len(hub.repositories[repo].files[s]) for s in (shard, shard.replace("2", "3", 1))
     )
+
+
+def test_a_download_with_its_bars_is_over_before_the_spinner(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+
+    def spin(text: str) -> AbstractContextManager[None]:
+        order.append(text)
+        return nullcontext()
+
+    monkeypatch.setattr(display, "fetch", lambda model, drafter: order.append(f"fetch {model} and {drafter}"))
+    monkeypatch.setattr(display._stderr, "status", spin)
+    with display.loading("a/b", "auto"):
+        order.append("load")
+    assert order == ["fetch a/b and auto", "loading a/b", "load"]
 
 
 def test_pull_says_what_came(hub: Loopback, shell: Shell) -> None:
