@@ -66,8 +66,8 @@ def run(
 
 
 def settings(options: argparse.Namespace, prompts: list[dict[str, str]]) -> dict[str, object]:
-    given = {name: vars(options)[name] for name in ("model", "drafter", "drafter_bits", "dtype", "tokens", "temp", "drafts")}
-    return {**given, "prompts": len(prompts)}
+    names = ("model", "drafter", "drafter_bits", "dtype", "tokens", "temp", "drafts")
+    return {**{name: vars(options)[name] for name in names}, "prompts": len(prompts)}
 
 
 def summary(texts: Sequence[bench.Text]) -> dict[str, Any]:

@@ -55,7 +55,7 @@ class Parts:
 
     def load(self) -> Loaded:
         dtype, drafter_bits, kv_bits = parse_dtype(self.dtype), _drafter_bits(self.drafter_bits), self._kv_bits()
-        with loading(self.model):
+        with loading(self.model, self.drafter):
             return load_pair(
                 self.model, self.drafter, dtype, drafter_bits=drafter_bits, kv_bits=kv_bits, adapter=self.adapter
             )

@@ -87,14 +87,17 @@ class Checkpoint:
         shapes = [entry.shape for shard in self.shards() for entry in read_header(shard).tensors.values()]
         longest = max((max(shape, default=1) for shape in shapes), default=0)
         limits = dict.fromkeys(_SIZES, max(longest, 2**20)) | {"num_hidden_layers": max(len(shapes), 2**10)}
-        for config in (self.config, self.config.get("text_config")):
-            for name, most in limits.items() if isinstance(config, Mapping) else ():
-                value = config.get(name)
-                if isinstance(value, int) and value > most:
-                    raise CheckpointError(
-                        f"{self.folder / 'config.json'} says {name} {value}, which is beyond the {len(shapes)} tensors "
-                        f"of {self.name}, none longer than {longest}; download it again, or do not trust it"
-                    )
+        text = self.config.get("text_config")
+        said = dict(self.config) | (text if isinstance(text, dict) else {})
+        # A ring of this length is allocated for every layer, and no tensor tells it.
+        limits["sliding_window"] = _LONGEST_WINDOW
+        for name, most in limits.items():
+            value = said.get(name)
+            if isinstance(value, int) and value > most:
+                raise CheckpointError(
+                    f"{self.folder / 'config.json'} says {name} {value}, which is beyond the {len(shapes)} tensors of "
+                    f"{self.name}, none longer than {longest}, or all reason; download it again, or do not trust it"
+                )
 
     def tensors(self) -> dict[str, mx.array]:
         """Every tensor by name, read lazily."""
@@ -221,6 +224,7 @@ def _affine(width: int, packed: mx.array, scales: mx.array) -> dict[str, Any]:
     return {"group_size": width // scales.shape[-1], "bits": 32 * packed.shape[-1] // width, "mode": "affine"}
 
 
+_LONGEST_WINDOW = 2**16  # tokens; models that are known have up to 4096
 _WRAPPERS = ("", "language_model.", "mtp.", "language_model.mtp.")
 # Entries of a config that are, or divide, the length of some tensor, quantised or not.
 _SIZES = (

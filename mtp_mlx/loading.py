@@ -206,13 +206,8 @@ def load_pair(
         raise RequestError(f"keys and values cannot be held in {kv_bits} bits; give 4 or 8, or leave it out")
     if dtype is not None and not mx.issubdtype(dtype, mx.floating):
         raise RequestError(f"weights cannot be {dtype}; give a floating-point type such as mx.float32")
-    folder = find(model)
-    _refuse_adapter(folder)
-    checkpoint = Checkpoint.open(folder)
-    _refuse_unknown(checkpoint)
-    build = _TARGETS.get(checkpoint.model_type)
-    if build is None:
-        raise CheckpointError(_unknown_target(checkpoint))
+    checkpoint = open_target(find(model, open_target))
+    build = _TARGETS[checkpoint.model_type]
     choice = choose(model, checkpoint, drafter)
     # Before the target, which may take minutes: a mistyped drafter should be known at once.
     chosen, reason, build_drafter = _drafter(choice, checkpoint)
@@ -234,6 +229,37 @@ def _check_kv(target: Target, kv_bits: int | None) -> None:
         target.make_cache(kv_bits)
     except ValueError as error:
         raise RequestError(f"keys and values of this target: {error}; leave --kv-bits out") from error
+
+
+def fetch(model: str, drafter: str | None = "auto") -> None:
+    """Bring the files of both parts here, so that loading them reads the disk only.
+
+    Raises MTPError for a part that the user has named; what becomes of another drafter is for the loading to say.
+    """
+    choice = choose(model, open_target(find(model, open_target)), drafter)
+    for name in choice.drafters:
+        try:
+            find(name)
+        except MTPError:
+            if choice.own:
+                raise
+        else:
+            return
+
+
+def open_target(folder: Path) -> Checkpoint:
+    """The checkpoint in a folder. Raises CheckpointError unless it is a target, by what its config says."""
+    _refuse_adapter(folder)
+    checkpoint = Checkpoint.open(folder)
+    _refuse_unknown(checkpoint)
+    if checkpoint.model_type not in _TARGETS:
+        raise CheckpointError(_unknown_target(checkpoint))
+    return checkpoint
+
+
+def role(model_type: str) -> str | None:
+    """What a checkpoint of this model_type is for us: 'target', 'drafter', or None for nothing we can run."""
+    return "target" if model_type in _TARGETS else "drafter" if model_type in _DRAFTERS else None
 
 
 def _narrowed(drafter: Drafter, target: Target, bits: Bits) -> str:
@@ -331,8 +357,9 @@ def _is_smaller_model(checkpoint: Checkpoint, target: Checkpoint) -> bool:
     return build is not _qwen_target or _width(checkpoint) != _width(target)
 
 
-def _width(checkpoint: Checkpoint) -> int:
-    return _built(qwen3_5.TextConfig.from_dict, checkpoint).hidden_size
+def _width(checkpoint: Checkpoint) -> object:
+    """As the config says; whether that makes sense is seen later."""
+    return dict(checkpoint.config.get("text_config") or checkpoint.config).get("hidden_size")
 
 
 def _draft_model(
