@@ -136,13 +136,14 @@ class Writer:
             sys.stdout.flush()
 
 
-def stats_table(last: Response, show_drafts: bool) -> None:
-    """The figures of a generation, on stderr."""
+def stats_table(last: Response, drafter: str, show_drafts: bool) -> None:
+    """The figures of a generation, and which drafter it had, on stderr."""
     stats = last.stats
     if show_drafts:
         legend = "  ".join(f"[{style}]{name}[/]" for name, style in STYLES.items() if name != "plain")
         _stderr.print(f"\n{legend}")
     table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_row("drafter", escape(drafter))
     for name, value in _rows(stats, last):
         table.add_row(name, value)
     _stderr.print()
@@ -179,10 +180,10 @@ def _rows(stats: Stats, last: Response) -> Iterator[tuple[str, str]]:
     )
     yield (
         "memory",
-        f"target {_size(memory.target)}, drafter {_size(memory.drafter)}, cache {_size(memory.cache)}, "
-        f"peak {_size(memory.peak)}",
+        f"target {size(memory.target)}, drafter {size(memory.drafter)}, cache {size(memory.cache)}, "
+        f"peak {size(memory.peak)}",
     )
 
 
-def _size(count: int) -> str:
+def size(count: float) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

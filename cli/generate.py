@@ -21,7 +21,7 @@ from mtp_mlx.generate import (
     in_chat_template,
     stream_generate,
 )
-from mtp_mlx.hub import DEMO, DEMOS
+from mtp_mlx.hub import DEMO, DEMOS, is_hub_id
 from mtp_mlx.loading import Loaded, load_pair
 from mtp_mlx.penalties import Penalties
 from mtp_mlx.sampling import Sample, Sampler, choose_sampler
@@ -135,7 +135,7 @@ def command(
     with Notes(verbose) as notes, Progress() as progress:
         with loading(model):
             loaded = load_pair(model, drafter, parse_dtype(dtype))
-        if verbose or drafter == "auto":
+        if verbose or (drafter == "auto" and (loaded.drafter is None or is_hub_id(loaded.drafter))):
             note(f"drafter: {loaded.drafter or 'none'} ({loaded.drafter_reason})")
         notes.show()
         responses = stream_generate(
@@ -156,7 +156,7 @@ def command(
         if as_json:
             _print_json(responses, loaded)
         else:
-            _print_text(responses, show_drafts, stats)
+            _print_text(responses, loaded, show_drafts, stats)
 
 
 def parse_depth(depth: str) -> int | str:
@@ -230,14 +230,14 @@ def _read_prompt(prompt: str | None, model: str) -> str:
         raise RequestError(f"standard input is not UTF-8 text ({error}); give the prompt as UTF-8") from None
 
 
-def _print_text(responses: Iterator[Response], show_drafts: bool, with_stats: bool) -> None:
+def _print_text(responses: Iterator[Response], loaded: Loaded, show_drafts: bool, with_stats: bool) -> None:
     writer = Writer(show_drafts)
     for response in responses:
         writer.write(response.text, response.origin)
         last = response
     writer.finish()
     if with_stats:
-        stats_table(last, show_drafts)
+        stats_table(last, f"{loaded.drafter or 'none'} ({loaded.drafter_reason})", show_drafts)
 
 
 def _print_json(responses: Iterator[Response], loaded: Loaded) -> None:
@@ -255,6 +255,7 @@ def _print_json(responses: Iterator[Response], loaded: Loaded) -> None:
         "finish_reason": last.finish_reason,
         "model": loaded.target,
         "drafter": loaded.drafter,
+        "drafter_reason": loaded.drafter_reason,
         "versions": versions(),
     }
     sys.stdout.write(json.dumps(answer) + "\n")

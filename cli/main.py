@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from mtp_mlx.cli import bench, generate, verify
+from mtp_mlx.cli import bench, generate, inspect, verify
 from mtp_mlx.errors import MTPError
 
 app = typer.Typer(
@@ -20,6 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command(name="generate")(generate.command)
+app.command(name="inspect")(inspect.command)
 app.command(name="bench")(bench.command)
 app.command(name="verify")(verify.command)
 

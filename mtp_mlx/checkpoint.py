@@ -106,11 +106,23 @@ class Checkpoint:
         dtype: mx.Dtype | None = None,
         exact: tuple[str, ...] = (),
     ) -> None:
-        """Put the checkpoint's tensors into a model, quantising its modules as the checkpoint is.
+        """Put the checkpoint's tensors into a model, quantising its modules as the checkpoint is, and read them.
 
         `dtype` recasts the floating-point ones, but those whose names end in one of `exact`. Raises CheckpointError
         for missing, unknown or misshapen tensors, and for a dtype that this machine cannot compute with.
         """
+        self.lay(model, sanitize, dtype, exact)
+        self._check_experts(model)
+        mx.eval(model.parameters())
+
+    def lay(
+        self,
+        model: nn.Module,
+        sanitize: Callable[[Mapping[str, mx.array]], dict[str, mx.array]],
+        dtype: mx.Dtype | None = None,
+        exact: tuple[str, ...] = (),
+    ) -> None:
+        """As `fill`, but nothing is read yet: the model holds promises of the right shapes."""
         quantization, tensors = self.quantization(), self.tensors()
         if dtype is not None:
             # Before anything is computed from them, so that it is computed in that precision.
@@ -124,8 +136,6 @@ class Checkpoint:
         self._check_names(model, weights)
         model.load_weights(list(weights.items()))
         model.eval()
-        self._check_experts(model)
-        mx.eval(model.parameters())
 
     def quantization(self) -> Mapping[str, Any] | None:
         """The quantisation of an MLX checkpoint. Raises CheckpointError for another toolkit's format."""

@@ -8,15 +8,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_tokenizer
 
 from mtp_mlx.checkpoint import Checkpoint, read_header, read_json
 from mtp_mlx.errors import CheckpointError, MTPError, PairError, RequestError
 from mtp_mlx.hub import DEMO, DEMOS, TENSORS, find, first_line
+from mtp_mlx.memory import Layout, Traffic
 from mtp_mlx.models import base, gemma4, gemma4_assistant, qwen3_5, qwen3_5_mtp
 from mtp_mlx.ngram import NOBODY
 from mtp_mlx.pairs import HOW_TO_GET_A_HEAD, LOOKUP, Choice, choose, holds_head, sidecar
@@ -54,11 +56,16 @@ def _gemma4_drafter(checkpoint: Checkpoint, dtype: mx.Dtype | None, target: Targ
             f"the drafter in {checkpoint.folder} was made for another target: it expects {'; '.join(found)}; "
             "use the assistant released for this target, or --drafter none"
         )
-    network = _built(lambda _: gemma4_assistant.Model(config), checkpoint)
-    checkpoint.fill(network, network.sanitize, dtype)
+    network = _assistant(checkpoint, dtype)
     if config.use_ordered_embeddings:
         _built(lambda _: gemma4_assistant.check_ordering(network.masked_embedding.token_ordering), checkpoint)
     return gemma4_assistant.Assistant(network, target)
+
+
+def _assistant(checkpoint: Checkpoint, dtype: mx.Dtype | None) -> gemma4_assistant.Model:
+    network = _built(lambda config: gemma4_assistant.Model(gemma4_assistant.Config.from_dict(config)), checkpoint)
+    checkpoint.fill(network, network.sanitize, dtype)
+    return network
 
 
 def _qwen_target(checkpoint: Checkpoint, dtype: mx.Dtype | None) -> qwen3_5.Model:
@@ -80,7 +87,14 @@ def _qwen_head(checkpoint: Checkpoint, dtype: mx.Dtype | None, target: Target) -
             f"the head in {checkpoint.name} was made for another target: it expects hidden size {norm.size}, the "
             f"target has {target.config.hidden_size}; use the head of this target's original, or --drafter none"
         )
+    # In the target's precision, whose embeddings and output head it works with.
+    network = _head(checkpoint, dtype or target.model.norm.weight.dtype)
+    return qwen3_5_mtp.Head(network, target)
+
+
+def _head(checkpoint: Checkpoint, dtype: mx.Dtype | None) -> qwen3_5_mtp.Network:
     network = _built(_head_network, checkpoint)
+    tensors = qwen3_5_mtp.own_tensors(checkpoint.tensors())
     stored = _head_convention(checkpoint)
     level, how = (
         (logging.WARNING if stored.overruled else logging.INFO),
@@ -89,10 +103,8 @@ def _qwen_head(checkpoint: Checkpoint, dtype: mx.Dtype | None, target: Target) -
     _log.log(level, "%s: norms stored %s (%s)", checkpoint.name, how, stored.reason)
     for name in qwen3_5_mtp.exceptions(tensors, stored.raw):
         _log.warning("%s: %s is stored the other way, as its values show", checkpoint.name, name)
-    # In the target's precision, whose embeddings and output head it works with.
-    precision = dtype or target.model.norm.weight.dtype
-    checkpoint.fill(network, partial(qwen3_5_mtp.sanitize, raw=stored.raw), precision)
-    return qwen3_5_mtp.Head(network, target)
+    checkpoint.fill(network, partial(qwen3_5_mtp.sanitize, raw=stored.raw), dtype)
+    return network
 
 
 def _head_network(config: Mapping[str, Any]) -> qwen3_5_mtp.Network:
@@ -105,7 +117,7 @@ def _head_convention(checkpoint: Checkpoint) -> qwen3_5_mtp.Convention:
     formats = {read_header(file).format for file in files}
     return qwen3_5_mtp.convention(
         checkpoint.tensors(),
-        declared=_declared_convention(files[0].parent),
+        declared=_declared_convention(files[0].parent if files else checkpoint.folder),
         split=checkpoint.model_type == "qwen3_5_mtp" and qwen3_5_mtp.is_bare(checkpoint.names()),
         metadata=formats.pop() if len(formats) == 1 else None,
     )
@@ -139,6 +151,12 @@ _DRAFTERS: dict[str, Callable[[Checkpoint, mx.Dtype | None, Target], Drafter]] =
     "gemma4_assistant": _gemma4_drafter,
     "gemma4_unified_assistant": _gemma4_drafter,
     "qwen3_5_mtp": _qwen_head,
+}
+# Drafters that can be looked at without their target.
+_ALONE: dict[str, Callable[[Checkpoint, mx.Dtype | None], nn.Module]] = {
+    "gemma4_assistant": _assistant,
+    "gemma4_unified_assistant": _assistant,
+    "qwen3_5_mtp": _head,
 }
 # Targets whose drafter comes as a part of them; so the folder of another such target can be named as the drafter.
 _HEADS = {name: _qwen_head for name, build in _TARGETS.items() if build is _qwen_target}
@@ -186,7 +204,56 @@ def load_pair(model: str = DEMO, drafter: str | None = "auto", dtype: mx.Dtype |
     return Loaded(Pair(target, built), _tokenizer(checkpoint), model, chosen, reason)
 
 
-def _drafter(choice: Choice, target: Checkpoint) -> tuple[str | None, str, Builder | None]:
+class Parts(NamedTuple):
+    """What a checkpoint would be loaded as."""
+
+    network: nn.Module
+    layout: Layout
+    traffic: Traffic
+
+
+class Paired(NamedTuple):
+    """The drafter that would be loaded with it."""
+
+    name: str | None
+    reason: str
+    parts: Parts | None
+
+
+def sketch(checkpoint: Checkpoint) -> Parts:
+    """The network of a target, or of a drafter by itself, whichever a folder holds. Raises CheckpointError."""
+    _refuse_unknown(checkpoint)
+    if checkpoint.model_type in _ALONE:
+        return _parts(_ALONE[checkpoint.model_type](checkpoint, None))
+    build = _TARGETS.get(checkpoint.model_type)
+    if build is None:
+        raise CheckpointError(_unknown_target(checkpoint))
+    return _parts(build(checkpoint, None))
+
+
+def is_target(checkpoint: Checkpoint) -> bool:
+    return checkpoint.model_type in _TARGETS
+
+
+def sketch_drafter(choice: Choice, checkpoint: Checkpoint, target: nn.Module, locate: Callable[[str], Path]) -> Paired:
+    """The drafter that a choice comes to, made for the network of its target. Raises MTPError as loading does."""
+    name, reason, builder = _drafter(choice, checkpoint, locate)
+    if builder is None:
+        return Paired(None, reason, None)
+    drafter, failure = _build(builder, choice, None, cast(Target, target))
+    if failure is not None:
+        return Paired(None, failure, None)
+    assert isinstance(drafter, gemma4_assistant.Assistant | qwen3_5_mtp.Head)
+    return Paired(name, reason, _parts(drafter.network))
+
+
+def _parts(network: Any) -> Parts:
+    return Parts(network, network.layout, network.traffic)
+
+
+def _drafter(
+    choice: Choice, target: Checkpoint, locate: Callable[[str], Path] = find
+) -> tuple[str | None, str, Builder | None]:
     """The first of the drafters that is there and drafts for such targets: its name, why, and how it is built.
 
     Raises MTPError only for one that the user has named or that is a part of the target.
@@ -194,7 +261,7 @@ def _drafter(choice: Choice, target: Checkpoint) -> tuple[str | None, str, Build
     failures: list[str] = []
     for name in choice.drafters:
         try:
-            return name, choice.reason, _drafter_builder(find(name), target)
+            return name, choice.reason, _drafter_builder(locate(name), target)
         except MTPError as error:
             if choice.own:
                 raise
@@ -228,7 +295,7 @@ def _drafter_builder(path: Path, target: Checkpoint) -> Builder:
         for file in sorted(path.glob("*" + TENSORS)):
             if holds_head(file):
                 return _drafter_builder(file, target)
-    checkpoint = Checkpoint.open(path)
+    checkpoint = target.open(path)
     _refuse_unknown(checkpoint)
     build = (_DRAFTERS | _HEADS).get(checkpoint.model_type)
     if build is None:

@@ -19,7 +19,7 @@ FIGURES = {
     "finish_reason", "rounds", "tokens_per_round", "drafted", "accepted", "accepted_per_position",
     "copied", "copied_accepted", "compiled",
     "commit_ms", "draft_ms", "verify_ms", "host_ms", "depth", "depth_reason", "alarm", "memory", "model",
-    "drafter", "versions",
+    "drafter", "drafter_reason", "versions",
 }  # fmt: skip
 
 
@@ -49,6 +49,7 @@ def test_text_goes_to_stdout_and_the_table_to_stderr() -> None:
     assert done.returncode == 0
     assert "\x1b" not in done.stdout and "tok/s" not in done.stdout
     for word in (
+        "drafter",
         "prompt",
         "generated",
         "first token",

@@ -1,0 +1,251 @@
+"""What a checkpoint is and what it would take here, told from its config and its headers: no weight is read.
+
+The networks are built as for loading, with the same checks of names and shapes, but nothing in them is computed. A
+repository on the hub is read in parts, a few hundred kilobytes of it.
+"""
+
+import tempfile
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+from huggingface_hub import snapshot_download
+
+from mtp_mlx import memory
+from mtp_mlx.errors import CheckpointError, RequestError
+from mtp_mlx.forecast import ACCEPTANCE, DEEPEST, OVERLAP, Estimate, chips, estimate, this_chip
+from mtp_mlx.hollow import hollow
+from mtp_mlx.hub import DEMOS, FILES, find, is_hub_id
+from mtp_mlx.loading import Paired, Parts, is_target, sketch, sketch_drafter
+from mtp_mlx.memory import Layout, Recurrence, Rows, Weights
+from mtp_mlx.pairs import choose
+from mtp_mlx.sketch import Sketch, precision
+
+CONTEXTS = (4096, 32768, 131072)
+KV_BITS = {"none": None, "8": 8, "4": 4}
+
+
+class Context(NamedTuple):
+    """What a text of so many tokens takes, and what one more token of it reads."""
+
+    tokens: int
+    cache: int  # bytes held for the target, and for a drafter that keeps rows of its own
+    total: int  # with the weights of both
+    fits: bool  # in the memory that MLX may use here
+    plain_read: int  # bytes that a token of plain decoding reads
+    draft_read: int | None  # bytes that a draft step reads
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A checkpoint at a glance."""
+
+    name: str
+    source: str  # where its figures come from
+    role: str  # "target" or "drafter"
+    model_type: str
+    layers: Mapping[str, int]  # kind -> layers
+    kept: int  # layers that keep keys and values or a state
+    context: int | None  # tokens that it was made for
+    precision: str
+    quantization: str
+    weights: Weights
+    drafter: str | None
+    drafter_reason: str
+    drafter_weights: Weights | None
+    kv_bits: int | None
+    machine: int
+    contexts: tuple[Context, ...]
+    estimates: tuple[Estimate, ...]
+    acceptance: float
+    here: str | None  # the class of processors that stands in for this machine
+
+    def figures(self) -> dict[str, Any]:
+        """For a JSON object; sizes in bytes."""
+        return {
+            **{name: vars(self)[name] for name in ("name", "source", "role", "model_type", "kept", "precision")},
+            "layers": dict(self.layers),
+            "trained_context": self.context,
+            "quantization": self.quantization,
+            "weights": _weights(self.weights),
+            "drafter": {
+                "name": self.drafter,
+                "reason": self.drafter_reason,
+                "weights": None if self.drafter_weights is None else _weights(self.drafter_weights),
+            },
+            "kv_bits": self.kv_bits,
+            "machine_bytes": self.machine,
+            "contexts": [entry._asdict() for entry in self.contexts],
+            "estimate": {
+                "measured": False,
+                "acceptance": self.acceptance,
+                "this_machine": self.here,
+                "depths": [_estimate(entry) for entry in self.estimates],
+            },
+        }
+
+
+def _weights(found: Weights) -> dict[str, int]:
+    return {
+        "bytes": found.nbytes,
+        "read_per_token": found.read,
+        "parameters": found.parameters,
+        "active_parameters": found.active,
+        "experts": found.experts,
+        "chosen_experts": found.chosen,
+    }
+
+
+def _estimate(found: Estimate) -> dict[str, Any]:
+    return {
+        "chip": found.chip.name,
+        "depth": found.depth,
+        "tokens_per_round": round(found.tokens_per_round, 3),
+        "speedup": round(found.speedup, 3),
+        "source": found.chip.source,
+    }
+
+
+def outline(
+    model: str,
+    drafter: str | None = "auto",
+    contexts: Sequence[int] = CONTEXTS,
+    kv_bits: int | None = None,
+    acceptance: float = ACCEPTANCE,
+) -> Outline:
+    """Look at a folder, a hub id or a demo; at a target together with its drafter, or at a drafter by itself.
+
+    Raises CheckpointError for one that could not be loaded either, PairError for a named drafter that does not fit,
+    RequestError for contexts or an acceptance that make no sense.
+    """
+    if not contexts or min(contexts) < 1:
+        raise RequestError(f"contexts are {list(contexts)}; give numbers of tokens above 0")
+    with ExitStack() as stack:
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mtp-mlx-")))
+        folder, source = _place(model, scratch)
+        checkpoint = Sketch.open(folder)
+        assert isinstance(checkpoint, Sketch)
+        if checkpoint.bare:
+            source = "config.json alone; there are no weights to look into"
+        parts = sketch(checkpoint)
+        if is_target(checkpoint):
+            choice = choose(model, checkpoint, drafter)
+            if checkpoint.bare and choice.own and drafter == "auto":
+                choice = replace(choice, reason=f"{choice.reason}, as its config.json promises")
+            paired = sketch_drafter(choice, checkpoint, parts.network, lambda name: _place(name, scratch)[0])
+        else:
+            paired = Paired(None, "a drafter by itself; its target is what to look at", None)
+        return _told(model, source, checkpoint, parts, paired, sorted(contexts), kv_bits, acceptance)
+
+
+def _place(name: str, scratch: Path) -> tuple[Path, str]:
+    """A folder to look at: as it is, or a hollow copy of a repository."""
+    if name in DEMOS or not is_hub_id(name) or Path(name).expanduser().exists():
+        return find(name), "files"
+    try:
+        return hollow(name, scratch), "the hub: headers and small files"
+    except CheckpointError as error:
+        try:
+            return Path(snapshot_download(name, allow_patterns=FILES, local_files_only=True)), "the hub's cache here"
+        except OSError:
+            raise error from None
+
+
+def _told(
+    model: str,
+    source: str,
+    checkpoint: Sketch,
+    parts: Parts,
+    paired: Paired,
+    contexts: list[int],
+    kv_bits: int | None,
+    acceptance: float,
+) -> Outline:
+    dtype = precision(parts.network)
+    own = memory.weights(parts.network, parts.traffic)
+    theirs = None if paired.parts is None else memory.weights(paired.parts.network, paired.parts.traffic)
+    machine = memory.machine_bytes()
+    told = [_context(n, parts, own, paired, theirs, kv_bits, dtype.size, machine) for n in contexts]
+    here = this_chip(str(mx.device_info().get("device_name", "")))
+    return Outline(
+        name=model,
+        source=source,
+        role="target" if is_target(checkpoint) else "drafter",
+        model_type=checkpoint.model_type,
+        layers=_kinds(parts.layout),
+        kept=len([entry for entry in parts.layout if isinstance(entry, Recurrence) or entry.owned]),
+        context=_trained(checkpoint.config),
+        precision=str(dtype).removeprefix("mlx.core."),
+        quantization=_quantization(checkpoint),
+        weights=own,
+        drafter=paired.name,
+        drafter_reason=paired.reason,
+        drafter_weights=theirs,
+        kv_bits=kv_bits,
+        machine=machine,
+        contexts=tuple(told),
+        estimates=_estimates(own, told[0], acceptance),
+        acceptance=acceptance,
+        here=here.name if here else None,
+    )
+
+
+def _context(
+    tokens: int,
+    parts: Parts,
+    own: Weights,
+    paired: Paired,
+    theirs: Weights | None,
+    kv_bits: int | None,
+    itemsize: int,
+    machine: int,
+) -> Context:
+    beside = paired.parts.layout if paired.parts else ()
+    held = memory.kv_bytes(parts.layout, tokens, kv_bits, itemsize) + memory.kv_bytes(beside, tokens, kv_bits, itemsize)
+    draft = None
+    if theirs is not None and paired.parts is not None:
+        logits = own.output if paired.parts.traffic.output is None else 0
+        draft = theirs.read + logits + memory.kv_read(beside, tokens, kv_bits, itemsize)
+    total = own.nbytes + (theirs.nbytes if theirs else 0) + held
+    plain = own.read + memory.kv_read(parts.layout, tokens, kv_bits, itemsize)
+    return Context(tokens, held, total, total <= machine, plain, draft)
+
+
+def _estimates(own: Weights, context: Context, acceptance: float) -> tuple[Estimate, ...]:
+    """At the shortest context, for each class of processors; none without a drafter."""
+    if context.draft_read is None:
+        return ()
+    rest = context.plain_read - own.read  # keys and values are read once for a block
+    factors = tuple((own.block(k + 1, OVERLAP) + rest) / context.plain_read for k in range(DEEPEST + 1))
+    step = context.draft_read / context.plain_read
+    # A dense model reads the same for a few rows more; what they cost is the chip's curve.
+    return tuple(estimate(chip, step, factors, acceptance) for chip in chips())
+
+
+def _kinds(layout: Layout) -> dict[str, int]:
+    found: Counter[str] = Counter()
+    for entry in layout:
+        if isinstance(entry, Rows):
+            found["full attention" if entry.window is None else f"window of {entry.window}"] += entry.readers
+        else:
+            found["recurrent"] += 1
+    return dict(found)
+
+
+def _trained(config: Mapping[str, Any]) -> int | None:
+    text = config.get("text_config")
+    given = (text if isinstance(text, Mapping) else config).get("max_position_embeddings")
+    return given if isinstance(given, int) else None
+
+
+def _quantization(checkpoint: Sketch) -> str:
+    settings = checkpoint.quantization()
+    if settings is None:
+        return "none"
+    mode, bits, group = settings.get("mode", "affine"), settings.get("bits", "?"), settings.get("group_size", 64)
+    own = sum(isinstance(value, dict) for value in settings.values())
+    return f"{mode}, {bits} bits in groups of {group}" + (f", {own} modules otherwise" if own else "")
