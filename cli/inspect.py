@@ -16,6 +16,7 @@ from mtp_mlx.outline import CONTEXTS, KV_BITS, Outline, outline
 
 def command(
     model: Annotated[str, typer.Argument(help="Folder or hub id of a target or a drafter, or a demo.")],
+    more: Annotated[list[int] | None, typer.Argument(hidden=True, help="Further contexts.")] = None,
     drafter: Annotated[
         str,
         typer.Option(help="Folder, file or hub id of the drafter, 'auto' for the one that belongs to it, or 'none'."),
@@ -23,7 +24,7 @@ def command(
     context: Annotated[
         list[int] | None,
         typer.Option(
-            help="Tokens of a text whose memory is told; give it once for each. Default: 4096, 32768, 131072."
+            help="Tokens of a text whose memory is told; several may follow each other. Default: 4096 32768 131072."
         ),
     ] = None,
     kv_bits: Annotated[
@@ -36,12 +37,12 @@ def command(
 ) -> None:
     """Tell what a model is and what it takes, from its config and headers; nothing is loaded or downloaded whole.
 
-    Example: mtp-mlx inspect mlx-community/gemma-4-12B-it-4bit --context 8192 --kv-bits 8
+    Example: mtp-mlx inspect mlx-community/gemma-4-12B-it-4bit --context 8192 65536 --kv-bits 8
     """
     if kv_bits not in KV_BITS:
         raise RequestError(f"--kv-bits {kv_bits} is not one of {', '.join(KV_BITS)}")
     with Notes(verbose=False), loading(model):
-        found = outline(model, drafter, context or CONTEXTS, KV_BITS[kv_bits], acceptance)
+        found = outline(model, drafter, [*(context or ()), *(more or ())] or CONTEXTS, KV_BITS[kv_bits], acceptance)
     if as_json:
         typer.echo(json.dumps(found.figures(), indent=1))
     else:
@@ -50,10 +51,8 @@ def command(
 
 def _show(found: Outline) -> None:
     console = Console(highlight=False)
-    table = Table(show_header=False, box=None, pad_edge=False)
     for name, value in _rows(found):
-        table.add_row(name, value)
-    console.print(table)
+        console.print(f"{name:14}{value}", markup=False, soft_wrap=True)
     console.print(_memory(found))
     for line in _notes(found):
         console.print(line, markup=False, soft_wrap=True)

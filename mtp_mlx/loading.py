@@ -265,7 +265,7 @@ def _drafter(
         except MTPError as error:
             if choice.own:
                 raise
-            failures.append(f"{name} cannot be used: {error}")
+            failures.append(str(error))
     return None, _without(choice, failures), None
 
 

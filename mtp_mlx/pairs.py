@@ -72,8 +72,8 @@ class Registry:
         if organisation not in self.organisations:
             return None
         for family in self.families:
-            first, found, rest = repository.partition(family.name.lower())
-            if found and not first and all(form in self.forms for form in rest.removeprefix("-").split("-") if rest):
+            rest = repository.removeprefix(family.name.lower())
+            if rest != repository and set(rest.split("-")[1:]) <= self.forms and rest[:1] in ("", "-"):
                 return family
         return None
 
@@ -252,8 +252,7 @@ def _of(family: Family, name: str, checkpoint: Checkpoint, source: str) -> Choic
         return (bool(made_for) and drafter not in made_for, guessed, *rest)
 
     ranked = tuple(sorted(drafters, key=rank))
-    reason = source.format(family.original)
-    return Choice(ranked, f"{reason}, whose drafter this is" if ranked else reason)
+    return Choice(ranked, source.format(family.original))
 
 
 def _precision(checkpoint: Checkpoint) -> str:

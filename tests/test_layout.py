@@ -143,6 +143,7 @@ def test_every_folder_and_every_data_file_is_in_the_package() -> None:
         assert (ROOT / "mtp_mlx" / name).is_symlink()
     patterns = setup["package-data"]["mtp_mlx"]
     listed = {path for pattern in patterns for path in (ROOT / "mtp_mlx").glob(pattern) if path.is_file()}
+    assert set((ROOT / "mtp_mlx").glob("*.toml")) <= listed
     for demo in ("demo", "demo_qwen"):
         data = {path for path in (ROOT / "mtp_mlx" / demo).rglob("*") if path.is_file()}
         assert data and data <= listed
