@@ -12,6 +12,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
+from mlx_lm.models.switch_layers import SwitchLinear
 
 from mtp_mlx.checkpoint import Checkpoint
 from mtp_mlx.errors import CheckpointError
@@ -73,8 +74,8 @@ class Sketch(Checkpoint):
             own = next((entry for entry in entries if entry is not None), None)
             if isinstance(own, dict) or own is False:
                 return own
-            fits = "weight" in module and module.weight.shape[-1] % group == 0
-            return default if fits else False
+            whole = isinstance(module, nn.Linear | nn.Embedding | SwitchLinear) and module.weight.shape[-1] % group == 0
+            return default if whole else False
 
         try:
             nn.quantize(model, class_predicate=choice)
