@@ -15,6 +15,7 @@ from mtp_mlx.models.base import HEAD_PREFIX, is_bare
 
 _WANTED = ("*.json", "README.md", "*/config.json")
 _NOT = ("tokenizer*", "vocab*", "merges*", "processor*", "preprocessor*")
+_LONGEST_HEADER = 100_000_000  # the format's own limit
 _LARGEST = 4_000_000  # bytes of a small file; the index of a large model may be longer
 
 
@@ -54,7 +55,7 @@ def _shell(remote: Remote, name: str, size: int, path: Path) -> None:
     """A weight file: its header, and holes."""
     start = remote.read(name, 0, min(8, size))
     length = int.from_bytes(start, "little")
-    if len(start) < 8 or length > size - 8:
+    if len(start) < 8 or length > min(size - 8, _LONGEST_HEADER):  # or all of the file would come
         raise CheckpointError(f"{name} of {remote.repo} is no safetensors file; report it to those who published it")
     text = remote.read(name, 8, 8 + length)
     _put(path, start + text)

@@ -194,8 +194,8 @@ def id_of(model: str) -> str | None:
 
     Programs keep models in folders `organisation/name`. None for a name that tells nothing.
     """
-    if is_hub_id(model) and not Path(model).exists():
-        return model
+    if is_hub_id(model):
+        return model  # a folder of that name as well
     path = Path(model).expanduser()
     for part in reversed(path.parts):
         cached = re.fullmatch(r"models--([^/]+?)--([^/]+)", part)

@@ -255,12 +255,13 @@ def test_a_broken_repository_is_named_before_anything_is_downloaded(damage: str,
     assert hub.sent("somebody/broken", "model.safetensors") < len(content) / 3
 
 
-@pytest.mark.parametrize("content", [b"", b"\xff" * 100, (40).to_bytes(8, "little") + b"{" * 40])
-def test_a_file_that_is_no_safetensors_is_named(content: bytes, hub: Loopback) -> None:
+@pytest.mark.parametrize("content", [b"", b"\xff" * 10**6, (40).to_bytes(8, "little") + b"{" * 40], ids=len)
+def test_a_file_that_is_no_safetensors_is_named_and_not_read_on(content: bytes, hub: Loopback) -> None:
     hub.add("somebody/broken", FIXTURES / "gemma4_keqv", {"model.safetensors": content})
     with pytest.raises(CheckpointError, match=r"somebody.*broken") as caught:
         outline("somebody/broken")
     assert "\n" not in str(caught.value)
+    assert hub.sent("somebody/broken", "model.safetensors") < 1000
 
 
 def test_files_outside_the_folder_are_left_alone(hub: Loopback, tmp_path: Path) -> None:

@@ -110,6 +110,7 @@ def test_a_head_that_nobody_has_split_off_is_found_in_the_original() -> None:
         "mlx-community/gemma-3-12b-it-4bit",
         "mlx-community/not-gemma-4-12B-it",
         "google/gemma-4-12Bit",
+        "google/-it",
         "gemma-4-12B-it",
     ],
 )
