@@ -7,7 +7,6 @@ repository on the hub is read in parts, a few hundred kilobytes of it.
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +15,7 @@ import mlx.core as mx
 from huggingface_hub import snapshot_download
 
 from mtp_mlx import memory
-from mtp_mlx.errors import CheckpointError, RequestError
+from mtp_mlx.errors import CheckpointError, MTPError, RequestError
 from mtp_mlx.forecast import ACCEPTANCE, DEEPEST, OVERLAP, Estimate, chips, estimate, this_chip
 from mtp_mlx.hollow import hollow
 from mtp_mlx.hub import DEMOS, FILES, find, is_hub_id
@@ -124,35 +123,62 @@ def outline(
     """
     if not contexts or min(contexts) < 1:
         raise RequestError(f"contexts are {list(contexts)}; give numbers of tokens above 0")
-    with ExitStack() as stack:
-        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mtp-mlx-")))
-        folder, source = _place(model, scratch)
-        checkpoint = Sketch.open(folder)
-        assert isinstance(checkpoint, Sketch)
-        if checkpoint.bare:
-            source = "config.json alone; there are no weights to look into"
-        parts = sketch(checkpoint)
-        if is_target(checkpoint):
-            choice = choose(model, checkpoint, drafter)
-            if checkpoint.bare and choice.own and drafter == "auto":
-                choice = replace(choice, reason=f"{choice.reason}, as its config.json promises")
-            paired = sketch_drafter(choice, checkpoint, parts.network, lambda name: _place(name, scratch)[0])
-        else:
-            paired = Paired(None, "a drafter by itself; its target is what to look at", None)
-        return _told(model, source, checkpoint, parts, paired, sorted(contexts), kv_bits, acceptance)
-
-
-def _place(name: str, scratch: Path) -> tuple[Path, str]:
-    """A folder to look at: as it is, or a hollow copy of a repository."""
-    if name in DEMOS or not is_hub_id(name) or Path(name).expanduser().exists():
-        return find(name), "files"
-    try:
-        return hollow(name, scratch), "the hub: headers and small files"
-    except CheckpointError as error:
+    with tempfile.TemporaryDirectory(prefix="mtp-mlx-") as scratch:
+        places = _Places(Path(scratch).absolute())
         try:
-            return Path(snapshot_download(name, allow_patterns=FILES, local_files_only=True)), "the hub's cache here"
-        except OSError:
-            raise error from None
+            return _looked_at(model, drafter, sorted(contexts), kv_bits, acceptance, places)
+        except MTPError as error:
+            raise type(error)(places.in_words(str(error))) from error
+
+
+def _looked_at(
+    model: str, drafter: str | None, contexts: list[int], kv_bits: int | None, acceptance: float, places: "_Places"
+) -> Outline:
+    checkpoint = Sketch.open(places.find(model))
+    assert isinstance(checkpoint, Sketch)
+    source = places.source if not checkpoint.bare else "config.json alone; there are no weights to look into"
+    parts = sketch(checkpoint)
+    if is_target(checkpoint):
+        choice = choose(model, checkpoint, drafter)
+        if checkpoint.bare and choice.own and drafter == "auto":
+            choice = replace(choice, reason=f"{choice.reason}, as its config.json promises")
+        name, reason, theirs = sketch_drafter(choice, checkpoint, parts.network, places.find)
+        paired = Paired(None if name is None else places.in_words(name), places.in_words(reason), theirs)
+    else:
+        paired = Paired(None, "a drafter by itself; its target is what to look at", None)
+    return _told(model, source, checkpoint, parts, paired, contexts, kv_bits, acceptance)
+
+
+class _Places:
+    """Where names are looked up: a folder as it is, or a hollow copy of a repository that goes by the name of it."""
+
+    def __init__(self, scratch: Path):
+        self._scratch = scratch
+        self._repositories: dict[str, str] = {}  # folder -> id
+        self.source = ""  # of the latest
+
+    def find(self, name: str) -> Path:
+        if name in DEMOS or not is_hub_id(name) or Path(name).expanduser().exists():
+            self.source = "files"
+            return find(name)
+        try:
+            folder = hollow(name, self._scratch)
+        except CheckpointError as error:
+            try:
+                folder = Path(snapshot_download(name, allow_patterns=FILES, local_files_only=True))
+            except OSError:
+                raise error from None
+            self.source = "the hub's cache here"
+            return folder
+        self.source = "the hub: headers and small files"
+        self._repositories[str(folder)] = name
+        return folder
+
+    def in_words(self, text: str) -> str:
+        """With the ids of repositories in place of the folders of their copies."""
+        for folder, name in self._repositories.items():
+            text = text.replace(folder, name)
+        return text
 
 
 def _told(

@@ -211,6 +211,8 @@ def test_a_drafter_is_found_on_the_hub_too(hub: Loopback) -> None:
     found = outline("google/gemma-4-31B-it")
     assert found.drafter == "google/gemma-4-31B-it-assistant" and found.source.startswith("the hub")
     assert found.drafter_weights is not None
+    inside = outline("Qwen/Qwen3.6-27B")
+    assert inside.drafter == "Qwen/Qwen3.6-27B" and inside.drafter_reason == "the mtp head inside the checkpoint"
     off = outline("google/gemma-4-31B-it", "none")
     assert off.drafter is None and off.drafter_weights is None and not off.estimates
 
@@ -250,7 +252,7 @@ def test_a_broken_repository_is_named_before_anything_is_downloaded(damage: str,
     folder = Path(shutil.copytree(FIXTURES / "gemma4_keqv", tmp_path / "broken"))
     content = rewritten(folder / "model.safetensors", change)
     hub.add("somebody/broken", FIXTURES / "gemma4_keqv", {"model.safetensors": content})
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(CheckpointError, match=f"^somebody/broken.*{message}"):
         outline("somebody/broken")
     assert hub.sent("somebody/broken", "model.safetensors") < len(content) / 3
 
