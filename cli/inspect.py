@@ -96,7 +96,8 @@ def _notes(found: Outline) -> Iterator[str]:
         return
     told = [f"{_mark(found, e.chip.name)} {e.depth} ({e.speedup:.1f}x)" for e in found.estimates]
     yield (
-        f"Estimate, not measured: the best depth if {found.acceptance:.0%} of drafts are right, from published costs: "
+        f"Estimate, not measured: the best depth after {found.contexts[0].tokens} tokens if {found.acceptance:.0%} of "
+        "drafts are right, from published costs: "
         f"{', '.join(told)}. `mtp-mlx bench` measures this machine."
     )
 

@@ -8,6 +8,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -126,27 +127,35 @@ def outline(
     with tempfile.TemporaryDirectory(prefix="mtp-mlx-") as scratch:
         places = _Places(Path(scratch).absolute())
         try:
-            return _looked_at(model, drafter, sorted(contexts), kv_bits, acceptance, places)
+            return _looked_at(_Question(model, drafter, sorted(contexts), kv_bits, acceptance), places)
         except MTPError as error:
             raise type(error)(places.in_words(str(error))) from error
 
 
-def _looked_at(
-    model: str, drafter: str | None, contexts: list[int], kv_bits: int | None, acceptance: float, places: "_Places"
-) -> Outline:
-    checkpoint = Sketch.open(places.find(model))
+class _Question(NamedTuple):
+    """What somebody wants to know."""
+
+    model: str
+    drafter: str | None
+    contexts: list[int]  # ascending
+    kv_bits: int | None
+    acceptance: float
+
+
+def _looked_at(asked: _Question, places: "_Places") -> Outline:
+    checkpoint = Sketch.open(places.find(asked.model))
     assert isinstance(checkpoint, Sketch)
     source = places.source if not checkpoint.bare else "config.json alone; there are no weights to look into"
     parts = sketch(checkpoint)
     if is_target(checkpoint):
-        choice = choose(model, checkpoint, drafter)
-        if checkpoint.bare and choice.own and drafter == "auto":
+        choice = choose(asked.model, checkpoint, asked.drafter)
+        if checkpoint.bare and choice.own and asked.drafter == "auto":
             choice = replace(choice, reason=f"{choice.reason}, as its config.json promises")
         name, reason, theirs = sketch_drafter(choice, checkpoint, parts.network, places.find)
         paired = Paired(None if name is None else places.in_words(name), places.in_words(reason), theirs)
     else:
         paired = Paired(None, "a drafter by itself; its target is what to look at", None)
-    return _told(model, source, checkpoint, parts, paired, contexts, kv_bits, acceptance)
+    return _told(asked, source, checkpoint, _Sums(parts, paired.parts, asked.kv_bits), paired)
 
 
 class _Places:
@@ -181,75 +190,79 @@ class _Places:
         return text
 
 
-def _told(
-    model: str,
-    source: str,
-    checkpoint: Sketch,
-    parts: Parts,
-    paired: Paired,
-    contexts: list[int],
-    kv_bits: int | None,
-    acceptance: float,
-) -> Outline:
-    dtype = precision(parts.network)
-    own = memory.weights(parts.network, parts.traffic)
-    theirs = None if paired.parts is None else memory.weights(paired.parts.network, paired.parts.traffic)
+@dataclass(frozen=True)
+class _Sums:
+    """A target and perhaps its drafter, or a drafter by itself, and what they take."""
+
+    parts: Parts
+    beside: Parts | None
+    kv_bits: int | None
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        return precision(self.parts.network)
+
+    @cached_property
+    def own(self) -> Weights:
+        return memory.weights(self.parts.network, self.parts.traffic)
+
+    @cached_property
+    def theirs(self) -> Weights | None:
+        return None if self.beside is None else memory.weights(self.beside.network, self.beside.traffic)
+
+    def held(self, layout: Layout, tokens: int) -> int:
+        return memory.kv_bytes(layout, tokens, self.kv_bits, self.dtype.size)
+
+    def read(self, layout: Layout, tokens: int) -> int:
+        return memory.kv_read(layout, tokens, self.kv_bits, self.dtype.size)
+
+    def context(self, tokens: int, machine: int) -> Context:
+        cache = self.held(self.parts.layout, tokens) + (self.held(self.beside.layout, tokens) if self.beside else 0)
+        total = self.own.nbytes + (self.theirs.nbytes if self.theirs else 0) + cache
+        plain = self.own.read + self.read(self.parts.layout, tokens)
+        return Context(tokens, cache, total, total <= machine, plain, self._draft(tokens))
+
+    def _draft(self, tokens: int) -> int | None:
+        if self.beside is None or self.theirs is None:
+            return None
+        logits = self.own.output if self.beside.traffic.output is None else 0
+        return self.theirs.read + logits + self.read(self.beside.layout, tokens)
+
+    def estimates(self, context: Context, acceptance: float) -> tuple[Estimate, ...]:
+        """For each class of processors; none without a drafter."""
+        if context.draft_read is None:
+            return ()
+        rest = context.plain_read - self.own.read  # keys and values are read once for a block
+        factors = tuple((self.own.block(k + 1, OVERLAP) + rest) / context.plain_read for k in range(DEEPEST + 1))
+        step = context.draft_read / context.plain_read
+        return tuple(estimate(chip, step, factors, acceptance) for chip in chips())
+
+
+def _told(asked: _Question, source: str, checkpoint: Sketch, sums: _Sums, paired: Paired) -> Outline:
     machine = memory.machine_bytes()
-    told = [_context(n, parts, own, paired, theirs, kv_bits, dtype.size, machine) for n in contexts]
+    contexts = tuple(sums.context(tokens, machine) for tokens in asked.contexts)
     here = this_chip(str(mx.device_info().get("device_name", "")))
     return Outline(
-        name=model,
+        name=asked.model,
         source=source,
         role="target" if is_target(checkpoint) else "drafter",
         model_type=checkpoint.model_type,
-        layers=_kinds(parts.layout),
-        kept=len([entry for entry in parts.layout if isinstance(entry, Recurrence) or entry.owned]),
+        layers=_kinds(sums.parts.layout),
+        kept=len([entry for entry in sums.parts.layout if isinstance(entry, Recurrence) or entry.owned]),
         context=_trained(checkpoint.config),
-        precision=str(dtype).removeprefix("mlx.core."),
+        precision=str(sums.dtype).removeprefix("mlx.core."),
         quantization=_quantization(checkpoint),
-        weights=own,
+        weights=sums.own,
         drafter=paired.name,
         drafter_reason=paired.reason,
-        drafter_weights=theirs,
-        kv_bits=kv_bits,
+        drafter_weights=sums.theirs,
+        kv_bits=asked.kv_bits,
         machine=machine,
-        contexts=tuple(told),
-        estimates=_estimates(own, told[0], acceptance),
-        acceptance=acceptance,
+        contexts=contexts,
+        estimates=sums.estimates(contexts[0], asked.acceptance),
+        acceptance=asked.acceptance,
         here=here.name if here else None,
     )
-
-
-def _context(
-    tokens: int,
-    parts: Parts,
-    own: Weights,
-    paired: Paired,
-    theirs: Weights | None,
-    kv_bits: int | None,
-    itemsize: int,
-    machine: int,
-) -> Context:
-    beside = paired.parts.layout if paired.parts else ()
-    held = memory.kv_bytes(parts.layout, tokens, kv_bits, itemsize) + memory.kv_bytes(beside, tokens, kv_bits, itemsize)
-    draft = None
-    if theirs is not None and paired.parts is not None:
-        logits = own.output if paired.parts.traffic.output is None else 0
-        draft = theirs.read + logits + memory.kv_read(beside, tokens, kv_bits, itemsize)
-    total = own.nbytes + (theirs.nbytes if theirs else 0) + held
-    plain = own.read + memory.kv_read(parts.layout, tokens, kv_bits, itemsize)
-    return Context(tokens, held, total, total <= machine, plain, draft)
-
-
-def _estimates(own: Weights, context: Context, acceptance: float) -> tuple[Estimate, ...]:
-    """At the shortest context, for each class of processors; none without a drafter."""
-    if context.draft_read is None:
-        return ()
-    rest = context.plain_read - own.read  # keys and values are read once for a block
-    factors = tuple((own.block(k + 1, OVERLAP) + rest) / context.plain_read for k in range(DEEPEST + 1))
-    step = context.draft_read / context.plain_read
-    # A dense model reads the same for a few rows more; what they cost is the chip's curve.
-    return tuple(estimate(chip, step, factors, acceptance) for chip in chips())
 
 
 def _kinds(layout: Layout) -> dict[str, int]:
