@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mtp_mlx import bench
-from mtp_mlx.cli.generate import DTYPES
+from mtp_mlx.cli.options import DTYPES
 
 HELDOUT = Path(__file__).parent / "demo" / "heldout.json"
 

@@ -23,7 +23,7 @@ from mlx_lm.generate import wired_limit
 from mlx_lm.models.switch_layers import SwitchLinear
 
 from mtp_mlx import bench
-from mtp_mlx.cli.generate import DTYPES
+from mtp_mlx.cli.options import DTYPES
 from mtp_mlx.models import gemma4, gemma4_assistant, qwen3_5, qwen3_5_mtp
 from mtp_mlx.types import Pair
 

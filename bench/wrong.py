@@ -19,7 +19,7 @@ import report
 
 import mtp_mlx
 from mtp_mlx.cache import Cache
-from mtp_mlx.cli.generate import DTYPES
+from mtp_mlx.cli.options import DTYPES
 from mtp_mlx.types import Drafter, Pick, Span, State
 
 

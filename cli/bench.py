@@ -11,17 +11,16 @@ from rich.console import Console
 from rich.table import Table
 
 from mtp_mlx.bench import AUTO, PEER, PLAIN, Comparison, Plan, machine, measure, precision, prompts
-from mtp_mlx.cli.display import Notes, loading, note
+from mtp_mlx.cli.display import Notes, note
+from mtp_mlx.cli.options import Drafter, DrafterBits, Model, Parts
 from mtp_mlx.errors import RequestError
 from mtp_mlx.hub import DEMO, find
-from mtp_mlx.loading import load_pair
 
 
 def command(
-    model: Annotated[
-        str, typer.Option(help="Folder or hub id of the target; 'demo' and 'demo-qwen' are built in and work offline.")
-    ] = DEMO,
-    drafter: Annotated[str, typer.Option(help="Folder, file or hub id of the drafter, or 'auto'.")] = "auto",
+    model: Model = DEMO,
+    drafter: Drafter = "auto",
+    drafter_bits: DrafterBits = "auto",
     tokens: Annotated[int, typer.Option(help="Tokens of each text at most.")] = 128,
     repeats: Annotated[int, typer.Option(help="Counted repeats; the figures are medians.")] = 3,
     quick: Annotated[bool, typer.Option("--quick", help="One repeat of two prompts at one depth.")] = False,
@@ -33,8 +32,7 @@ def command(
     """
     _check(tokens, repeats, out)
     with Notes(verbose=False) as notes:
-        with loading(model):
-            loaded = load_pair(model, drafter)
+        loaded = Parts(model, drafter, drafter_bits=drafter_bits).load()
         note(f"drafter: {loaded.drafter or 'none'} ({loaded.drafter_reason})")
         notes.show()
         texts = list(prompts(loaded.tokenizer).values())

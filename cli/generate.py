@@ -7,11 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import mlx.core as mx
 import typer
 
 from mtp_mlx.choosing import Drafts
-from mtp_mlx.cli.display import Notes, Progress, Writer, loading, note, stats_table, versions
+from mtp_mlx.cli.display import Notes, Progress, Writer, note, stats_table, versions
+from mtp_mlx.cli.options import Adapter, Drafter, DrafterBits, Dtype, KvBits, Model, Parts, parse_depth
 from mtp_mlx.errors import RequestError
 from mtp_mlx.generate import (
     DEFAULT_MAX_TOKENS,
@@ -22,7 +22,7 @@ from mtp_mlx.generate import (
     stream_generate,
 )
 from mtp_mlx.hub import DEMO, DEMOS, is_hub_id
-from mtp_mlx.loading import Loaded, load_pair
+from mtp_mlx.loading import Loaded
 from mtp_mlx.penalties import Penalties
 from mtp_mlx.sampling import Sample, Sampler, choose_sampler
 
@@ -40,13 +40,9 @@ def command(
     prompt: Annotated[
         str | None, typer.Argument(help="The prompt; left out or '-', it is read from standard input.")
     ] = None,
-    model: Annotated[
-        str, typer.Option(help="Folder or hub id of the target; 'demo' and 'demo-qwen' are built in and work offline.")
-    ] = DEMO,
-    drafter: Annotated[
-        str,
-        typer.Option(help="Folder, file or hub id of the drafter, 'auto' for the one that belongs to it, or 'none'."),
-    ] = "auto",
+    model: Model = DEMO,
+    drafter: Drafter = "auto",
+    adapter: Adapter = None,
     max_tokens: Annotated[
         int,
         typer.Option("--max-tokens", "-m", help="Tokens to generate; -1 for as many as the context holds."),
@@ -95,10 +91,9 @@ def command(
     prediction: Annotated[
         Path | None, typer.Option(help="File with text that the output will mostly repeat; tried as drafts.")
     ] = None,
-    dtype: Annotated[
-        str,
-        typer.Option(help="Recast the weights: float32, bfloat16 or float16; 'auto' keeps the checkpoint's."),
-    ] = "auto",
+    dtype: Dtype = "auto",
+    drafter_bits: DrafterBits = "auto",
+    kv_bits: KvBits = "none",
     ignore_chat_template: Annotated[
         bool, typer.Option("--ignore-chat-template", help="Continue the prompt as plain text.")
     ] = False,
@@ -133,10 +128,11 @@ def command(
     predicted = None if prediction is None else _read_file(prediction)
     text = _read_prompt(prompt, model)
     with Notes(verbose) as notes, Progress() as progress:
-        with loading(model):
-            loaded = load_pair(model, drafter, parse_dtype(dtype))
+        loaded = Parts(model, drafter, dtype, drafter_bits, kv_bits, adapter).load()
         if verbose or (drafter == "auto" and (loaded.drafter is None or is_hub_id(loaded.drafter))):
             note(f"drafter: {loaded.drafter or 'none'} ({loaded.drafter_reason})")
+        if loaded.adapter:
+            note(f"adapter: {loaded.adapter}")
         notes.show()
         responses = stream_generate(
             loaded.pair,
@@ -157,16 +153,6 @@ def command(
             _print_json(responses, loaded)
         else:
             _print_text(responses, loaded, show_drafts, stats)
-
-
-def parse_depth(depth: str) -> int | str:
-    """'auto' or a number. Raises RequestError for anything else."""
-    if depth == "auto":
-        return depth
-    try:
-        return int(depth)
-    except ValueError:
-        raise RequestError(f"--depth {depth} is neither 'auto' nor a number of drafts") from None
 
 
 def parse_drafts(name: str, sampler: Sampler, temperature: float | None) -> Drafts | None:
@@ -192,16 +178,6 @@ def parse_bias(given: list[str]) -> tuple[tuple[int, float], ...]:
         except ValueError:
             raise RequestError(f"--logit-bias {entry} is not ID=VALUE, a token id and a number") from None
     return tuple(pairs)
-
-
-DTYPES = {"auto": None, "float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
-
-
-def parse_dtype(name: str) -> mx.Dtype | None:
-    """The dtype of that name, None for 'auto'. Raises RequestError for any other."""
-    if name not in DTYPES:
-        raise RequestError(f"--dtype {name} is not one of {', '.join(DTYPES)}")
-    return DTYPES[name]
 
 
 def _read_file(path: Path) -> str:
@@ -256,6 +232,7 @@ def _print_json(responses: Iterator[Response], loaded: Loaded) -> None:
         "model": loaded.target,
         "drafter": loaded.drafter,
         "drafter_reason": loaded.drafter_reason,
+        "adapter": loaded.adapter,
         "versions": versions(),
     }
     sys.stdout.write(json.dumps(answer) + "\n")

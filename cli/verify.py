@@ -11,12 +11,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from mtp_mlx.cli.display import Notes, loading, versions
-from mtp_mlx.cli.generate import parse_depth, parse_dtype
+from mtp_mlx.cli.display import Notes, versions
+from mtp_mlx.cli.options import Adapter, Drafter, DrafterBits, KvBits, Model, Parts, parse_depth
 from mtp_mlx.errors import RequestError
 from mtp_mlx.generate import encode, in_chat_template
 from mtp_mlx.hub import DEMO
-from mtp_mlx.loading import Loaded, load_pair
+from mtp_mlx.loading import Loaded
 from mtp_mlx.sampling import check_seed, choose_sampler
 from mtp_mlx.verify import Comparison, Fit, Numerics, Plan, Report, verify
 
@@ -32,10 +32,9 @@ PROMPTS = {
 
 
 def command(
-    model: Annotated[
-        str, typer.Option(help="Folder or hub id of the target; 'demo' and 'demo-qwen' are built in and work offline.")
-    ] = DEMO,
-    drafter: Annotated[str, typer.Option(help="Folder, file or hub id of the drafter, or 'auto'.")] = "auto",
+    model: Model = DEMO,
+    drafter: Drafter = "auto",
+    adapter: Adapter = None,
     prompts: Annotated[
         Path | None,
         typer.Option(help="File with one prompt on each line or, if it ends in .json, a list of strings."),
@@ -52,6 +51,8 @@ def command(
     dtype: Annotated[
         str, typer.Option(help="Recast the weights; 'float32' rounds least and so shows the smallest faults.")
     ] = "auto",
+    drafter_bits: DrafterBits = "auto",
+    kv_bits: KvBits = "none",
     ignore_chat_template: Annotated[
         bool, typer.Option("--ignore-chat-template", help="Continue the prompts as plain text.")
     ] = False,
@@ -66,8 +67,7 @@ def command(
     depths = tuple(parse_depth(given) for given in depth) if depth else Plan.depths
     texts = PROMPTS if prompts is None else read_prompts(prompts)
     with Notes(verbose=False) as notes:
-        with loading(model):
-            loaded = load_pair(model, drafter, parse_dtype(dtype))
+        loaded = Parts(model, drafter, dtype, drafter_bits, kv_bits, adapter).load()
         if loaded.drafter is None:
             raise RequestError(f"there is nothing to verify without a drafter ({loaded.drafter_reason})")
         notes.show()
@@ -187,5 +187,11 @@ def _fit(fit: Fit, temperature: float) -> str:
 
 
 def _print_json(report: Report, loaded: Loaded) -> None:
-    answer = {**report.figures(), "model": loaded.target, "drafter": loaded.drafter, "versions": versions()}
+    answer = {
+        **report.figures(),
+        "model": loaded.target,
+        "drafter": loaded.drafter,
+        "adapter": loaded.adapter,
+        "versions": versions(),
+    }
     typer.echo(json.dumps(answer))

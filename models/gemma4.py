@@ -12,10 +12,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.switch_layers import SwitchGLU
 
-from mtp_mlx.cache import Cache, FullCache, KeyValueCache, SlidingCache
+from mtp_mlx.cache import Cache, KeyValueCache, SlidingCache, full_cache
 from mtp_mlx.memory import Layout, Rows, Traffic
 from mtp_mlx.models import base
-from mtp_mlx.types import Mask, Output, Span, Visible
+from mtp_mlx.types import Mask, Output, PlainRows, Span, Visible
 
 SLIDING = "sliding_attention"
 FULL = "full_attention"
@@ -217,18 +217,18 @@ class Attention(nn.Module):
                 self.v_proj = nn.Linear(width, kv_width, bias=False)
         self._rope = RoPE(config.rope[config.layer_types[i]], self.head_size)
 
-    def keys_and_values(self, x: mx.array, span: Span) -> Visible:
+    def keys_and_values(self, x: mx.array, span: Span) -> PlainRows:
         """The block's own rows, (B, H, L, head size), ready for the cache."""
         raw = base.split_heads(self.k_proj(x), self.head_size)
         values = raw if self.values_from_keys else base.split_heads(self.v_proj(x), self.head_size)
         keys = self._rope(self.k_norm(raw).swapaxes(1, 2), span)
-        return Visible(keys, mx.fast.rms_norm(values, None, self.eps).swapaxes(1, 2))
+        return PlainRows(keys, mx.fast.rms_norm(values, None, self.eps).swapaxes(1, 2))
 
     def __call__(self, x: mx.array, visible: Visible, mask: Mask, span: Span) -> mx.array:
         B, L, _ = x.shape
         queries = self.q_norm(base.split_heads(self.q_proj(x), self.head_size))
         queries = self._rope(queries.swapaxes(1, 2), span)
-        out = mx.fast.scaled_dot_product_attention(queries, *visible, scale=1.0, mask=mask)
+        out = visible.attend(queries, 1.0, mask)
         return self.o_proj(out.swapaxes(1, 2).reshape(B, L, -1))
 
 
@@ -406,6 +406,11 @@ class Model(nn.Module):
         return base.weight_bytes(self)
 
     @property
+    def layers(self) -> list[DecoderLayer]:
+        """Where mlx-lm's adapters look for them."""
+        return self.model.layers
+
+    @property
     def layout(self) -> Layout:
         """What its cache holds: layers that share keys are further readers of their owner's."""
         config = self.config
@@ -425,9 +430,14 @@ class Model(nn.Module):
         chosen = self.config.top_k_experts if self.config.num_experts else 0
         return Traffic(chosen, "model.embed_tokens" if self.config.tie_word_embeddings else "lm_head")
 
-    def make_cache(self) -> Cache:
+    def make_cache(self, kv_bits: int | None = None) -> Cache:
         kinds = self.config.layer_types[: self.config.first_shared]
-        return Cache([FullCache() if k == FULL else SlidingCache(self.config.sliding_window) for k in kinds])
+        return Cache(
+            [
+                full_cache(size, kv_bits) if kind == FULL else SlidingCache(self.config.sliding_window)
+                for kind, size in zip(kinds, self.config.head_dims, strict=False)
+            ]
+        )
 
     def embed(self, tokens: mx.array) -> mx.array:
         """Scaled token embeddings, (B, L) -> (B, L, D)."""

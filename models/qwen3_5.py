@@ -14,10 +14,10 @@ import mlx.nn as nn
 from mlx_lm.models.rope_utils import initialize_rope
 from mlx_lm.models.switch_layers import SwitchGLU
 
-from mtp_mlx.cache import Cache, FullCache, KeyValueCache, RecurrentCache
+from mtp_mlx.cache import Cache, KeyValueCache, RecurrentCache, full_cache
 from mtp_mlx.memory import Layout, Recurrence, Rows, Traffic
 from mtp_mlx.models import base
-from mtp_mlx.types import Mask, Output, Span, Visible
+from mtp_mlx.types import Mask, Output, PlainRows, Span, Visible
 
 LINEAR = "linear_attention"
 FULL = "full_attention"
@@ -174,13 +174,13 @@ def _rope(text: Mapping[str, Any]) -> dict[str, Any]:
 class Stored(NamedTuple):
     """Rows in a cache, and who may see them."""
 
-    visible: Visible
+    rows: PlainRows
     mask: mx.array  # (B, 1, 1, S)
 
 
-def fresh_rows(rows: list[Visible]) -> Visible:
+def fresh_rows(rows: list[PlainRows]) -> PlainRows:
     """Rows of single tokens in one piece, (B, H, j, head size)."""
-    return Visible(
+    return PlainRows(
         mx.concatenate([row.keys for row in rows], axis=2), mx.concatenate([row.values for row in rows], axis=2)
     )
 
@@ -210,18 +210,18 @@ class Attention(nn.Module):
             max_position_embeddings=config.max_position_embeddings,
         )
 
-    def keys_and_values(self, x: mx.array, span: Span) -> Visible:
+    def keys_and_values(self, x: mx.array, span: Span) -> PlainRows:
         """The block's own rows, (B, H, L, head size), ready for the cache."""
         keys = self.k_norm(base.split_heads(self.k_proj(x), self.head_size)).swapaxes(1, 2)
         values = base.split_heads(self.v_proj(x), self.head_size).swapaxes(1, 2)
-        return Visible(self._rope(keys, offset=span.start), values)
+        return PlainRows(self._rope(keys, offset=span.start), values)
 
     def __call__(self, x: mx.array, visible: Visible, mask: Mask, span: Span) -> mx.array:
         queries, gate = self._queries(x, span)
-        out = mx.fast.scaled_dot_product_attention(queries, *visible, scale=self.scale, mask=mask)
+        out = visible.attend(queries, self.scale, mask)
         return self._gated(out, gate)
 
-    def beside(self, x: mx.array, stored: Stored | None, fresh: list[Visible], span: Span) -> mx.array:
+    def beside(self, x: mx.array, stored: Stored | None, fresh: list[PlainRows], span: Span) -> mx.array:
         """One token that sees stored rows, and rows (B, H, 1, head size) that stay out of the cache.
 
         The scores of both go through one softmax, so that neither has to be copied behind the other.
@@ -234,11 +234,11 @@ class Attention(nn.Module):
         if stored is None:
             out = mx.softmax(scores, axis=-1).astype(x.dtype) @ values
         else:
-            before = (grouped @ stored.visible.keys.swapaxes(-1, -2)).astype(mx.float32)
+            before = (grouped @ stored.rows.keys.swapaxes(-1, -2)).astype(mx.float32)
             before = mx.where(stored.mask, before, -mx.inf)
             weights = mx.softmax(mx.concatenate([before, scores], axis=-1), axis=-1).astype(x.dtype)
             far, near = mx.split(weights, [before.shape[-1]], axis=-1)
-            out = far @ stored.visible.values + near @ values
+            out = far @ stored.rows.values + near @ values
         return self._gated(out.reshape(B, heads, 1, size), gate)
 
     def _queries(self, x: mx.array, span: Span) -> tuple[mx.array, mx.array]:
@@ -355,7 +355,7 @@ class DecoderLayer(nn.Module):
         visible = cache.write(*self.self_attn.keys_and_values(x, span), span)
         return self._feed_forward(h + self.self_attn(x, visible, mask, span))
 
-    def attend_beside(self, h: mx.array, stored: Stored | None, fresh: list[Visible], span: Span) -> mx.array:
+    def attend_beside(self, h: mx.array, stored: Stored | None, fresh: list[PlainRows], span: Span) -> mx.array:
         """A layer of attention for one token, (B, 1, D), whose keys and values join `fresh` and not the cache."""
         x = self.input_layernorm(h)
         fresh.append(self.self_attn.keys_and_values(x, span))
@@ -407,6 +407,11 @@ class Model(nn.Module):
         return base.weight_bytes(self)
 
     @property
+    def layers(self) -> list[DecoderLayer]:
+        """Where mlx-lm's adapters look for them."""
+        return self.model.layers
+
+    @property
     def layout(self) -> Layout:
         """What its cache holds."""
         config = self.config
@@ -426,9 +431,10 @@ class Model(nn.Module):
             self.config.num_experts_per_tok, "model.embed_tokens" if self.config.tie_word_embeddings else "lm_head"
         )
 
-    def make_cache(self) -> Cache:
-        kernel = self.config.linear_conv_kernel_dim
-        return Cache([FullCache() if kind == FULL else RecurrentCache(kernel) for kind in self.config.layer_types])
+    def make_cache(self, kv_bits: int | None = None) -> Cache:
+        size, kernel = self.config.head_dim, self.config.linear_conv_kernel_dim
+        kinds = self.config.layer_types
+        return Cache([full_cache(size, kv_bits) if kind == FULL else RecurrentCache(kernel) for kind in kinds])
 
     def embed(self, tokens: mx.array) -> mx.array:
         """Token embeddings, (B, L) -> (B, L, D)."""

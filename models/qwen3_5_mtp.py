@@ -18,7 +18,7 @@ from mtp_mlx.memory import Layout, Rows, Traffic
 from mtp_mlx.models import base
 from mtp_mlx.models.qwen3_5 import FULL, DecoderLayer, Stored, TextConfig, is_raw
 from mtp_mlx.models.qwen3_5 import Model as Qwen
-from mtp_mlx.types import Pick, Span, State, Visible
+from mtp_mlx.types import Pick, PlainRows, Span, State
 
 
 class Network(nn.Module):
@@ -50,7 +50,7 @@ class Network(nn.Module):
         cache.write(*layer.self_attn.keys_and_values(x, span), span)
 
     def __call__(
-        self, embedding: mx.array, hidden: mx.array, stored: Stored | None, fresh: list[Visible], span: Span
+        self, embedding: mx.array, hidden: mx.array, stored: Stored | None, fresh: list[PlainRows], span: Span
     ) -> mx.array:
         """The head's hidden for one pair, (B, 1, D), after its norm; the pair's keys and values join `fresh`."""
         return self.norm(self.layers[0].attend_beside(self._joined(embedding, hidden), stored, fresh, span))
@@ -99,7 +99,7 @@ class Head:
 
     def draft(self, state: State, cache: Cache, last: mx.array, k: int, pick: Pick) -> None:
         (hidden,) = state
-        token, fresh = last[:, None], list[Visible]()
+        token, fresh = last[:, None], list[PlainRows]()
         stored = self._stored(cache)
         for i in range(k):
             slot = Span(cache.position - 1 + i, 1)
@@ -111,9 +111,9 @@ class Head:
         pairs = self._pairs(cache)
         if not pairs.arrays():
             return None  # of a text with one token there are none
-        mask = pairs.mask(Span(cache.position - 2, 1))
-        assert isinstance(mask, mx.array)
-        return Stored(pairs.stored(), mask)
+        rows, mask = pairs.stored(), pairs.mask(Span(cache.position - 2, 1))
+        assert isinstance(rows, PlainRows) and isinstance(mask, mx.array)
+        return Stored(rows, mask)
 
     def _pairs(self, cache: Cache) -> KeyValueCache:
         """The head's own layer, which stands behind the target's."""

@@ -6,15 +6,17 @@ A recurrent state has swallowed the draft; it is made again from the state befor
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 
-from mtp_mlx.types import LayerCache, Mask, Span, Visible
+from mtp_mlx.types import LayerCache, Mask, Packed, PackedRows, PlainRows, Span, Visible
 
 MAX_BLOCK = 32  # rows of the largest block that may be written while decoding: the slack of a ring
 SMALLEST = 256  # rows of the smallest bucket
+KV_GROUPS = (64, 32)  # values of a key or value that share a scale where they are quantised, the preferred first
 
 
 def bucket(rows: int) -> int:
@@ -74,11 +76,11 @@ class Cache:
         for layer in self.layers:
             layer.commit(count)
 
-    def arrays(self) -> list[list[mx.array]]:
+    def arrays(self) -> list[list[Any]]:
         """Everything that is held on the device, layer by layer, the position first."""
         return [[self.position], *(layer.arrays() for layer in self.layers)]
 
-    def bind(self, arrays: list[list[mx.array]]) -> None:
+    def bind(self, arrays: list[list[Any]]) -> None:
         """Hold these in their place: what a traced step has made of them."""
         (self.position,), *layers = arrays
         for layer, held in zip(self.layers, layers, strict=True):
@@ -87,46 +89,44 @@ class Cache:
     @property
     def nbytes(self) -> int:
         """Bytes held by the buffers, empty capacity included."""
-        return sum(array.nbytes for held in self.arrays() for array in held)
+        held = dict[str, mx.array](tree_flatten(self.arrays()))
+        return sum(array.nbytes for array in held.values())
 
 
 @dataclass
 class _Buffers:
-    """Keys and values of one layer, (B, H, S, head size). Their dtype is that of the first rows written."""
+    """What one layer stores of every token, a buffer (B, H, S, *) for each part of a row: its key, its value, or
+    what these are packed into. The dtypes are those of the first rows written."""
 
     capacity: int
-    keys: mx.array | None = None
-    values: mx.array | None = None
+    held: list[mx.array] = field(default_factory=list)
 
     def grow(self, capacity: int) -> None:
         """Enlarge at once: a drafter reads the buffers, with masks of the new size, before the next write."""
         self.capacity = capacity
-        if self.keys is not None and self.values is not None:
-            self.keys, self.values = _enlarged(self.keys, capacity), _enlarged(self.values, capacity)
+        self.held = [_enlarged(buffer, capacity) for buffer in self.held]
 
-    def room_for(self, keys: mx.array, values: mx.array) -> Visible:
+    def room_for(self, rows: list[mx.array]) -> list[mx.array]:
         """The buffers, allocated to fit rows like these if there are none yet."""
-        if self.keys is None or self.values is None:
-            self.keys, self.values = _empty(keys, self.capacity), _empty(values, self.capacity)
-        return Visible(self.keys, self.values)
+        self.held = self.held or [_empty(part, self.capacity) for part in rows]
+        return self.held
 
-    def scatter(self, keys: mx.array, values: mx.array, slots: mx.array) -> Visible:
-        """Put rows (B, H, L, head size) into slots (B, L)."""
-        held = self.room_for(keys, values)
+    def put(self, rows: list[mx.array], slots: slice | mx.array) -> list[mx.array]:
+        """Put rows into slots that the host knows."""
+        for buffer, part in zip(self.room_for(rows), rows, strict=True):
+            buffer[:, :, slots] = part
+        return self.held
+
+    def scatter(self, rows: list[mx.array], slots: mx.array) -> list[mx.array]:
+        """Put rows (B, H, L, *) into slots (B, L) that only the device knows."""
         index = slots[:, None, :, None]
-        self.keys = mx.put_along_axis(held.keys, mx.broadcast_to(index, keys.shape), keys, axis=2)
-        self.values = mx.put_along_axis(held.values, mx.broadcast_to(index, values.shape), values, axis=2)
-        return Visible(self.keys, self.values)
+        pairs = zip(self.room_for(rows), rows, strict=True)
+        self.held = [mx.put_along_axis(held, mx.broadcast_to(index, part.shape), part, axis=2) for held, part in pairs]
+        return self.held
 
-    def stored(self) -> Visible:
-        assert self.keys is not None and self.values is not None, "nothing has been written yet"
-        return Visible(self.keys, self.values)
-
-    def arrays(self) -> list[mx.array]:
-        return [array for array in (self.keys, self.values) if array is not None]
-
-    def bind(self, arrays: list[mx.array]) -> None:
-        self.keys, self.values = arrays or (None, None)
+    def stored(self) -> list[mx.array]:
+        assert self.held, "nothing has been written yet"
+        return self.held
 
 
 def _empty(rows: mx.array, capacity: int) -> mx.array:
@@ -162,13 +162,16 @@ class KeyValueCache(ABC):
 
     def stored(self) -> Visible:
         """The buffers themselves, never a copy: what a drafter that shares the target's cache reads."""
-        return self._buffers.stored()
+        return self._visible(self._buffers.stored())
+
+    def _visible(self, buffers: list[mx.array]) -> Visible:
+        return PlainRows(*buffers)
 
     def arrays(self) -> list[mx.array]:
-        return self._buffers.arrays()
+        return self._buffers.held
 
     def bind(self, arrays: list[mx.array]) -> None:
-        self._buffers.bind(arrays)
+        self._buffers.held = arrays
 
 
 class FullCache(KeyValueCache):
@@ -182,20 +185,67 @@ class FullCache(KeyValueCache):
             self._buffers.grow(rows)
 
     def write(self, keys: mx.array, values: mx.array, span: Span) -> Visible:
+        rows = self._rows(keys, values)
         if isinstance(span.start, int):
             # Reading a prompt: the host knows where it is and need not attend over empty slots.
             end = span.start + span.length
-            held = self._buffers.room_for(keys, values)
-            held.keys[:, :, span.start : end] = keys
-            held.values[:, :, span.start : end] = values
-            return Visible(held.keys[:, :, :end], held.values[:, :, :end])
-        return self._buffers.scatter(keys, values, span.positions())
+            held = self._buffers.put(rows, slice(span.start, end))
+            return self._of_prompt([buffer[:, :, :end] for buffer in held])
+        return self._visible(self._buffers.scatter(rows, span.positions()))
+
+    def _rows(self, keys: mx.array, values: mx.array) -> list[mx.array]:
+        """What is stored of a block's rows."""
+        return [keys, values]
+
+    def _of_prompt(self, buffers: list[mx.array]) -> Visible:
+        """What a chunk of a prompt looks at."""
+        return self._visible(buffers)
 
     def mask(self, span: Span) -> Mask:
         if isinstance(span.start, int):
             return "causal"
         slots = mx.arange(self._buffers.capacity)
         return (slots <= span.positions()[..., None])[:, None]  # (B, 1, L, S)
+
+
+class QuantisedCache(FullCache):
+    """The same with keys and values of `bits` bits, in groups that share a scale and an offset.
+
+    Whoever reads a row reads what was stored, the token itself and the drafter included, so that a block sees exactly
+    what its tokens one by one would see.
+    """
+
+    def __init__(self, bits: int) -> None:
+        super().__init__()
+        self.bits = bits
+        self._group = 0  # known with the first rows
+
+    def _rows(self, keys: mx.array, values: mx.array) -> list[mx.array]:
+        self._group = kv_group(keys.shape[-1])
+        return [part for rows in (keys, values) for part in mx.quantize(rows, self._group, self.bits)]
+
+    def _visible(self, buffers: list[mx.array]) -> PackedRows:
+        return PackedRows(Packed(*buffers[:3]), Packed(*buffers[3:]), self._group, self.bits)
+
+    def _of_prompt(self, buffers: list[mx.array]) -> Visible:
+        """Unpacked, one layer after the other: the scores of a long chunk are never in memory as a whole then."""
+        return self._visible(buffers).unpacked()
+
+
+def full_cache(size: int, kv_bits: int | None) -> FullCache:
+    """For a full-attention layer with heads of `size`. Raises ValueError for heads that cannot be quantised."""
+    if kv_bits is None:
+        return FullCache()
+    kv_group(size)
+    return QuantisedCache(kv_bits)
+
+
+def kv_group(size: int) -> int:
+    """How many values of a head of `size` share a scale. Raises ValueError for a head that cannot be quantised."""
+    group = next((group for group in KV_GROUPS if size % group == 0), None)
+    if group is None:
+        raise ValueError(f"a head of {size} values cannot be quantised, only multiples of {KV_GROUPS[-1]}")
+    return group
 
 
 class SlidingCache(KeyValueCache):
@@ -217,22 +267,19 @@ class SlidingCache(KeyValueCache):
         if isinstance(span.start, int):
             return self._write_prompt(keys, values, span.start)
         assert span.length <= MAX_BLOCK, f"a block of {span.length} rows in a ring with {MAX_BLOCK} to spare"
-        return self._buffers.scatter(keys, values, span.positions() % self.size)
+        return self._visible(self._buffers.scatter([keys, values], span.positions() % self.size))
 
     def _write_prompt(self, keys: mx.array, values: mx.array, start: int) -> Visible:
         """A chunk of a prompt sees the window before it and itself, both in the order of time."""
         length = keys.shape[2]
         old = self._slots(start - self._before(start), start)
-        held = self._buffers.room_for(keys, values)
-        seen = Visible(
-            mx.concatenate([mx.take(held.keys, old, axis=2), keys], axis=2),
-            mx.concatenate([mx.take(held.values, old, axis=2), values], axis=2),
-        )
+        rows = [keys, values]
+        pairs = zip(self._buffers.room_for(rows), rows, strict=True)
+        seen = [mx.concatenate([mx.take(held, old, axis=2), part], axis=2) for held, part in pairs]
         kept = min(length, self.size)
         slots = self._slots(start + length - kept, start + length)
-        held.keys[:, :, slots] = keys[:, :, length - kept :]
-        held.values[:, :, slots] = values[:, :, length - kept :]
-        return seen
+        self._buffers.put([part[:, :, length - kept :] for part in rows], slots)
+        return PlainRows(*seen)
 
     def mask(self, span: Span) -> Mask:
         if isinstance(span.start, int):

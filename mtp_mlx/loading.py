@@ -15,10 +15,12 @@ import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_tokenizer
 
+from mtp_mlx import adapters, memory
 from mtp_mlx.checkpoint import Checkpoint, read_header, read_json
+from mtp_mlx.draft_model import DraftModel
+from mtp_mlx.drafter_bits import Bits, choose_bits, quantise
 from mtp_mlx.errors import CheckpointError, MTPError, PairError, RequestError
 from mtp_mlx.hub import DEMO, DEMOS, TENSORS, find, first_line
-from mtp_mlx.memory import Layout, Traffic
 from mtp_mlx.models import base, gemma4, gemma4_assistant, qwen3_5, qwen3_5_mtp
 from mtp_mlx.ngram import NOBODY
 from mtp_mlx.pairs import HOW_TO_GET_A_HEAD, LOOKUP, Choice, choose, holds_head, sidecar
@@ -39,9 +41,11 @@ class Loaded:
     target: str
     drafter: str | None
     drafter_reason: str  # why this drafter, or why none
+    adapter: str | None = None  # the fine-tune that was put onto the target, and what it is
 
 
 def _gemma4_target(checkpoint: Checkpoint, dtype: mx.Dtype | None) -> gemma4.Model:
+    checkpoint.check_sizes()
     model = _built(lambda config: gemma4.Model(gemma4.TextConfig.from_dict(config)), checkpoint)
     checkpoint.fill(model, model.sanitize, dtype)
     return model
@@ -49,6 +53,7 @@ def _gemma4_target(checkpoint: Checkpoint, dtype: mx.Dtype | None) -> gemma4.Mod
 
 def _gemma4_drafter(checkpoint: Checkpoint, dtype: mx.Dtype | None, target: Target) -> Drafter:
     assert isinstance(target, gemma4.Model), "families are compared before anything is loaded"
+    checkpoint.check_sizes()
     config = _built(gemma4_assistant.Config.from_dict, checkpoint)
     found = gemma4_assistant.mismatches(config, target.config)
     if found:
@@ -69,6 +74,7 @@ def _assistant(checkpoint: Checkpoint, dtype: mx.Dtype | None) -> gemma4_assista
 
 
 def _qwen_target(checkpoint: Checkpoint, dtype: mx.Dtype | None) -> qwen3_5.Model:
+    checkpoint.check_sizes()
     model = _built(lambda config: qwen3_5.Model(qwen3_5.TextConfig.from_dict(config)), checkpoint)
     checkpoint.fill(model, model.sanitize, dtype, exact=("A_log",))
     return model
@@ -153,7 +159,7 @@ _DRAFTERS: dict[str, Callable[[Checkpoint, mx.Dtype | None, Target], Drafter]] =
     "qwen3_5_mtp": _qwen_head,
 }
 # Drafters that can be looked at without their target.
-_ALONE: dict[str, Callable[[Checkpoint, mx.Dtype | None], nn.Module]] = {
+_ALONE: dict[str, Callable[[Checkpoint, mx.Dtype | None], memory.Network]] = {
     "gemma4_assistant": _assistant,
     "gemma4_unified_assistant": _assistant,
     "qwen3_5_mtp": _head,
@@ -163,17 +169,34 @@ _HEADS = {name: _qwen_head for name, build in _TARGETS.items() if build is _qwen
 
 
 def load(
-    model: str | Path = DEMO, drafter: str | Path | None = "auto", *, dtype: mx.Dtype | None = None
+    model: str | Path = DEMO,
+    drafter: str | Path | None = "auto",
+    *,
+    dtype: mx.Dtype | None = None,
+    drafter_bits: Bits = "auto",
+    kv_bits: int | None = None,
+    adapter: str | Path | None = None,
 ) -> tuple[Pair, TokenizerWrapper]:
     """Load a target with its drafter, and the tokenizer.
 
     `model` is a folder, a hub id or demo. `drafter` is a folder, a hub id, a file, "auto" for the one that belongs
-    to the target, or None (or "none") for plain decoding. `dtype` recasts the weights that are not quantised;
-    None keeps the checkpoint's.
+    to the target, or None (or "none") for plain decoding; a smaller model of the target's family drafts as well.
+    `dtype` recasts the weights that are not quantised; None keeps the checkpoint's. `drafter_bits` 4 or 8 quantises the
+    drafter, None keeps it as it is, "auto" quantises one that would read too much beside a quantised target.
+    `kv_bits` 4 or 8 quantises the keys and values of full-attention layers: the text is then that of plain decoding
+    with the same `kv_bits`. `adapter` is the folder or hub id of a fine-tune of the target in mlx-lm's format.
 
-    Raises CheckpointError for a checkpoint that cannot be read, PairError for a drafter made for another target.
+    Raises CheckpointError for a checkpoint that cannot be read, PairError for a drafter made for another target,
+    RequestError for bits that are not to be had.
     """
-    loaded = load_pair(_name(model), None if drafter is None else _name(drafter), dtype)
+    loaded = load_pair(
+        _name(model),
+        None if drafter is None else _name(drafter),
+        dtype,
+        drafter_bits=drafter_bits,
+        kv_bits=kv_bits,
+        adapter=None if adapter is None else _name(adapter),
+    )
     if loaded.drafter is None and drafter == "auto":
         _log.warning("no drafter: %s", loaded.drafter_reason)
     return loaded.pair, loaded.tokenizer
@@ -184,11 +207,22 @@ def _name(given: str | Path) -> str:
     return f"./{given}" if isinstance(given, Path) and str(given) in DEMOS else str(given)
 
 
-def load_pair(model: str = DEMO, drafter: str | None = "auto", dtype: mx.Dtype | None = None) -> Loaded:
+def load_pair(
+    model: str = DEMO,
+    drafter: str | None = "auto",
+    dtype: mx.Dtype | None = None,
+    *,
+    drafter_bits: Bits = "auto",
+    kv_bits: int | None = None,
+    adapter: str | None = None,
+) -> Loaded:
     """As `load`, with the names of both parts and the reason for the choice of drafter."""
+    if kv_bits not in (None, 4, 8):
+        raise RequestError(f"keys and values cannot be held in {kv_bits} bits; give 4 or 8, or leave it out")
     if dtype is not None and not mx.issubdtype(dtype, mx.floating):
         raise RequestError(f"weights cannot be {dtype}; give a floating-point type such as mx.float32")
     folder = find(model)
+    _refuse_adapter(folder)
     checkpoint = Checkpoint.open(folder)
     _refuse_unknown(checkpoint)
     build = _TARGETS.get(checkpoint.model_type)
@@ -197,58 +231,93 @@ def load_pair(model: str = DEMO, drafter: str | None = "auto", dtype: mx.Dtype |
     choice = choose(model, checkpoint, drafter)
     # Before the target, which may take minutes: a mistyped drafter should be known at once.
     chosen, reason, build_drafter = _drafter(choice, checkpoint)
+    added = None if adapter is None else find(adapter)
     target = build(checkpoint, dtype)
+    tuned = None if added is None else f"{adapter}: {adapters.apply(_module(target), added)}"
+    _check_kv(target, kv_bits)
     built, failure = _build(build_drafter, choice, dtype, target)
     if failure is not None:
         chosen, reason = None, failure
-    return Loaded(Pair(target, built), _tokenizer(checkpoint), model, chosen, reason)
+    reason += _narrowed(built, target, drafter_bits)
+    network = _network_of(built)
+    if network is not None:
+        mx.eval(_module(network).parameters())
+    return Loaded(Pair(target, built, kv_bits=kv_bits), _tokenizer(checkpoint), model, chosen, reason, tuned)
 
 
-class Parts(NamedTuple):
-    """What a checkpoint would be loaded as."""
+def _check_kv(target: Target, kv_bits: int | None) -> None:
+    try:
+        target.make_cache(kv_bits)
+    except ValueError as error:
+        raise RequestError(f"keys and values of this target: {error}; leave --kv-bits out") from error
 
-    network: nn.Module
-    layout: Layout
-    traffic: Traffic
+
+def _narrowed(drafter: Drafter, target: Target, bits: Bits) -> str:
+    """Quantise a drafter if that was asked for or pays; what is to be said of it."""
+    network = _network_of(drafter)
+    if network is None:
+        if isinstance(bits, int):
+            raise RequestError(f"there is no drafter to hold in {bits} bits; name one with --drafter")
+        return ""
+    if isinstance(drafter, DraftModel) and bits == "auto":
+        bits = None  # it has the form that was chosen
+    chosen, reason = choose_bits(bits, _network(target), network)
+    if chosen is None:
+        return ""
+    quantise(_module(network), chosen)
+    return f"; {reason}"
+
+
+def _network_of(drafter: Drafter) -> memory.Network | None:
+    """The weights that a drafter has of its own."""
+    if isinstance(drafter, gemma4_assistant.Assistant | qwen3_5_mtp.Head):
+        return drafter.network
+    return _network(drafter.model) if isinstance(drafter, DraftModel) else None
+
+
+def _module(network: Target | memory.Network) -> nn.Module:
+    assert isinstance(network, nn.Module)
+    return network
+
+
+def _network(target: Target) -> memory.Network:
+    assert isinstance(target, gemma4.Model | qwen3_5.Model)
+    return target
 
 
 class Paired(NamedTuple):
-    """The drafter that would be loaded with it."""
+    """The drafter that would be loaded with a target."""
 
     name: str | None
     reason: str
-    parts: Parts | None
+    network: memory.Network | None
 
 
-def sketch(checkpoint: Checkpoint) -> Parts:
+def sketch(checkpoint: Checkpoint) -> memory.Network:
     """The network of a target, or of a drafter by itself, whichever a folder holds. Raises CheckpointError."""
     _refuse_unknown(checkpoint)
     if checkpoint.model_type in _ALONE:
-        return _parts(_ALONE[checkpoint.model_type](checkpoint, None))
+        return _ALONE[checkpoint.model_type](checkpoint, None)
     build = _TARGETS.get(checkpoint.model_type)
     if build is None:
         raise CheckpointError(_unknown_target(checkpoint))
-    return _parts(build(checkpoint, None))
+    return _network(build(checkpoint, None))
 
 
 def is_target(checkpoint: Checkpoint) -> bool:
     return checkpoint.model_type in _TARGETS
 
 
-def sketch_drafter(choice: Choice, checkpoint: Checkpoint, target: nn.Module, locate: Callable[[str], Path]) -> Paired:
+def sketch_drafter(
+    choice: Choice, checkpoint: Checkpoint, target: memory.Network, locate: Callable[[str], Path]
+) -> Paired:
     """The drafter that a choice comes to, made for the network of its target. Raises MTPError as loading does."""
     name, reason, builder = _drafter(choice, checkpoint, locate)
-    if builder is None:
-        return Paired(None, reason, None)
-    drafter, failure = _build(builder, choice, None, cast(Target, target))
+    whole = cast(Target, target)
+    drafter, failure = _build(builder, choice, None, whole)
     if failure is not None:
         return Paired(None, failure, None)
-    assert isinstance(drafter, gemma4_assistant.Assistant | qwen3_5_mtp.Head)
-    return Paired(name, reason, _parts(drafter.network))
-
-
-def _parts(network: Any) -> Parts:
-    return Parts(network, network.layout, network.traffic)
+    return Paired(name, reason + _narrowed(drafter, whole, "auto"), _network_of(drafter))
 
 
 def _drafter(
@@ -297,11 +366,13 @@ def _drafter_builder(path: Path, target: Checkpoint) -> Builder:
                 return _drafter_builder(file, target)
     checkpoint = target.open(path)
     _refuse_unknown(checkpoint)
+    if _is_smaller_model(checkpoint, target):
+        return partial(_draft_model, checkpoint, target)
     build = (_DRAFTERS | _HEADS).get(checkpoint.model_type)
     if build is None:
         raise PairError(
-            f"{path} has model_type {checkpoint.model_type!r}, which is not a drafter; known drafters: "
-            f"{', '.join(sorted(_DRAFTERS))}"
+            f"{path} has model_type {checkpoint.model_type!r}, which does not draft for {target.model_type!r} targets; "
+            f"known drafters: {', '.join(sorted(_DRAFTERS))}, or a smaller model of the target's family"
         )
     if (build is _qwen_head) != (target.model_type in _HEADS):
         raise PairError(
@@ -311,6 +382,37 @@ def _drafter_builder(path: Path, target: Checkpoint) -> Builder:
     return partial(build, checkpoint)
 
 
+def _is_smaller_model(checkpoint: Checkpoint, target: Checkpoint) -> bool:
+    """Whether a checkpoint is to draft as a whole. A Qwen as wide as the target is asked for its head alone."""
+    build = _TARGETS.get(checkpoint.model_type)
+    if build is None or build is not _TARGETS[target.model_type]:
+        return False
+    return build is not _qwen_target or _width(checkpoint) != _width(target)
+
+
+def _width(checkpoint: Checkpoint) -> int:
+    return _built(qwen3_5.TextConfig.from_dict, checkpoint).hidden_size
+
+
+def _draft_model(
+    checkpoint: Checkpoint, target_checkpoint: Checkpoint, dtype: mx.Dtype | None, target: Target
+) -> Drafter:
+    model = _TARGETS[checkpoint.model_type](checkpoint, dtype)
+    if model.vocabulary != target.vocabulary or not _same_tokens(checkpoint, target_checkpoint):
+        raise PairError(
+            f"{checkpoint.folder} has another vocabulary than the target ({model.vocabulary} and {target.vocabulary} "
+            "tokens), so its drafts would mean something else; use a smaller model of the same release"
+        )
+    return DraftModel(model)
+
+
+def _same_tokens(one: Checkpoint, other: Checkpoint) -> bool:
+    files = [checkpoint.folder / "tokenizer.json" for checkpoint in (one, other)]
+    if all(file.is_file() for file in files) and files[0].read_bytes() == files[1].read_bytes():
+        return True
+    return bool(_tokenizer(one).get_vocab() == _tokenizer(other).get_vocab())
+
+
 def _unknown_target(checkpoint: Checkpoint) -> str:
     if checkpoint.model_type in _DRAFTERS:
         return f"{checkpoint.folder} is a drafter; give its target with --model and this folder with --drafter"
@@ -318,6 +420,12 @@ def _unknown_target(checkpoint: Checkpoint) -> str:
         f"{checkpoint.folder} has model_type {checkpoint.model_type!r}; supported targets: "
         f"{', '.join(sorted(_TARGETS))}"
     )
+
+
+def _refuse_adapter(folder: Path) -> None:
+    if (folder / adapters.CONFIG).is_file() and not (folder / "config.json").is_file():
+        base_model = adapters.base_model(folder) or "the model that it was made for"
+        raise CheckpointError(f"{folder} is an adapter, not a model; use --model {base_model} --adapter {folder}")
 
 
 def _refuse_unknown(checkpoint: Checkpoint) -> None:
@@ -345,11 +453,12 @@ def _built(build: Callable[[Mapping[str, Any]], Built], checkpoint: Checkpoint) 
 def _tokenizer(checkpoint: Checkpoint) -> TokenizerWrapper:
     if not (checkpoint.folder / "tokenizer.json").is_file():
         raise CheckpointError(f"{checkpoint.folder} has no tokenizer.json; download the whole checkpoint")
-    # The limit is ours to check, against the model's context; transformers would only warn, on stderr.
-    limits = {"model_max_length": 2**40}
+    # The limit is ours to check, against the model's context; transformers would only warn, on stderr. And without
+    # a no it would ask on a terminal whether to run a tokenizer's own code.
+    options = {"model_max_length": 2**40, "trust_remote_code": False}
     eos = checkpoint.eos_token_ids()
     try:
-        tokenizer: TokenizerWrapper = load_tokenizer(checkpoint.folder, limits, eos_token_ids=eos)
+        tokenizer: TokenizerWrapper = load_tokenizer(checkpoint.folder, options, eos_token_ids=eos)
     except Exception as error:  # tokenizers raises bare Exceptions, transformers nearly anything
         raise CheckpointError(f"the tokenizer in {checkpoint.folder} cannot be read: {first_line(error)}") from error
     return tokenizer

@@ -13,9 +13,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
-from mtp_mlx.cache import MAX_BLOCK, bucket
-
-GROUPS = (64, 32)  # of quantised keys and values: the first that divides a head
+from mtp_mlx.cache import MAX_BLOCK, bucket, kv_group
 
 
 @dataclass(frozen=True)
@@ -42,10 +40,7 @@ def _head_bytes(size: int, bits: int | None, itemsize: int) -> int:
     """One key or value: as it is, or packed with a scale and a bias for each group."""
     if bits is None:
         return size * itemsize
-    group = next((group for group in GROUPS if size % group == 0), None)
-    if group is None:
-        raise ValueError(f"heads of {size} cannot be quantised in groups of {' or '.join(map(str, GROUPS))}")
-    return size * bits // 8 + 2 * (size // group) * itemsize
+    return size * bits // 8 + 2 * (size // kv_group(size)) * itemsize
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.core as mx
+import mlx.nn as nn
 from huggingface_hub import snapshot_download
 
 from mtp_mlx import memory
@@ -20,8 +21,8 @@ from mtp_mlx.errors import CheckpointError, MTPError, RequestError
 from mtp_mlx.forecast import ACCEPTANCE, DEEPEST, OVERLAP, Estimate, chips, estimate, this_chip
 from mtp_mlx.hollow import hollow
 from mtp_mlx.hub import DEMOS, FILES, find, is_hub_id
-from mtp_mlx.loading import Paired, Parts, is_target, sketch, sketch_drafter
-from mtp_mlx.memory import Layout, Recurrence, Rows, Weights
+from mtp_mlx.loading import Paired, is_target, sketch, sketch_drafter
+from mtp_mlx.memory import Network, Recurrence, Rows, Weights
 from mtp_mlx.pairs import choose
 from mtp_mlx.sketch import Sketch, precision
 
@@ -146,16 +147,16 @@ def _looked_at(asked: _Question, places: "_Places") -> Outline:
     checkpoint = Sketch.open(places.find(asked.model))
     assert isinstance(checkpoint, Sketch)
     source = places.source if not checkpoint.bare else "config.json alone; there are no weights to look into"
-    parts = sketch(checkpoint)
+    network = sketch(checkpoint)
     if is_target(checkpoint):
         choice = choose(asked.model, checkpoint, asked.drafter)
         if checkpoint.bare and choice.own and asked.drafter == "auto":
             choice = replace(choice, reason=f"{choice.reason}, as its config.json promises")
-        name, reason, theirs = sketch_drafter(choice, checkpoint, parts.network, places.find)
+        name, reason, theirs = sketch_drafter(choice, checkpoint, network, places.find)
         paired = Paired(None if name is None else places.in_words(name), places.in_words(reason), theirs)
     else:
         paired = Paired(None, "a drafter by itself; its target is what to look at", None)
-    return _told(asked, source, checkpoint, _Sums(parts, paired.parts, asked.kv_bits), paired)
+    return _told(asked, source, checkpoint, _Sums(network, paired.network, asked.kv_bits), paired)
 
 
 class _Places:
@@ -194,39 +195,40 @@ class _Places:
 class _Sums:
     """A target and perhaps its drafter, or a drafter by itself, and what they take."""
 
-    parts: Parts
-    beside: Parts | None
+    network: Network
+    beside: Network | None
     kv_bits: int | None
 
-    @property
+    @cached_property
     def dtype(self) -> mx.Dtype:
-        return precision(self.parts.network)
+        return precision(self.network)
 
     @cached_property
     def own(self) -> Weights:
-        return memory.weights(self.parts.network, self.parts.traffic)
+        return _weigh(self.network)
 
     @cached_property
     def theirs(self) -> Weights | None:
-        return None if self.beside is None else memory.weights(self.beside.network, self.beside.traffic)
-
-    def held(self, layout: Layout, tokens: int) -> int:
-        return memory.kv_bytes(layout, tokens, self.kv_bits, self.dtype.size)
-
-    def read(self, layout: Layout, tokens: int) -> int:
-        return memory.kv_read(layout, tokens, self.kv_bits, self.dtype.size)
+        return None if self.beside is None else _weigh(self.beside)
 
     def context(self, tokens: int, machine: int) -> Context:
-        cache = self.held(self.parts.layout, tokens) + (self.held(self.beside.layout, tokens) if self.beside else 0)
+        size = self.dtype.size
+        cache = memory.kv_bytes(self.network.layout, tokens, self.kv_bits, size)
+        if self.beside is not None:
+            cache += memory.kv_bytes(self.beside.layout, tokens, None, size)  # never quantised
         total = self.own.nbytes + (self.theirs.nbytes if self.theirs else 0) + cache
-        plain = self.own.read + self.read(self.parts.layout, tokens)
+        plain = self.own.read + memory.kv_read(self.network.layout, tokens, self.kv_bits, size)
         return Context(tokens, cache, total, total <= machine, plain, self._draft(tokens))
 
     def _draft(self, tokens: int) -> int | None:
         if self.beside is None or self.theirs is None:
             return None
         logits = self.own.output if self.beside.traffic.output is None else 0
-        return self.theirs.read + logits + self.read(self.beside.layout, tokens)
+        read = self.theirs.read + logits
+        for entry in self.beside.layout:
+            targets = isinstance(entry, Rows) and not entry.owned
+            read += memory.kv_read((entry,), tokens, self.kv_bits if targets else None, self.dtype.size)
+        return read
 
     def estimates(self, context: Context, acceptance: float) -> tuple[Estimate, ...]:
         """For each class of processors; none without a drafter."""
@@ -238,6 +240,11 @@ class _Sums:
         return tuple(estimate(chip, step, factors, acceptance) for chip in chips())
 
 
+def _weigh(network: Network) -> Weights:
+    assert isinstance(network, nn.Module)
+    return memory.weights(network, network.traffic)
+
+
 def _told(asked: _Question, source: str, checkpoint: Sketch, sums: _Sums, paired: Paired) -> Outline:
     machine = memory.machine_bytes()
     contexts = tuple(sums.context(tokens, machine) for tokens in asked.contexts)
@@ -247,8 +254,8 @@ def _told(asked: _Question, source: str, checkpoint: Sketch, sums: _Sums, paired
         source=source,
         role="target" if is_target(checkpoint) else "drafter",
         model_type=checkpoint.model_type,
-        layers=_kinds(sums.parts.layout),
-        kept=len([entry for entry in sums.parts.layout if isinstance(entry, Recurrence) or entry.owned]),
+        layers=_kinds(sums.network.layout),
+        kept=len([entry for entry in sums.network.layout if isinstance(entry, Recurrence) or entry.owned]),
         context=_trained(checkpoint.config),
         precision=str(sums.dtype).removeprefix("mlx.core."),
         quantization=_quantization(checkpoint),
@@ -265,7 +272,7 @@ def _told(asked: _Question, source: str, checkpoint: Sketch, sums: _Sums, paired
     )
 
 
-def _kinds(layout: Layout) -> dict[str, int]:
+def _kinds(layout: memory.Layout) -> dict[str, int]:
     found: Counter[str] = Counter()
     for entry in layout:
         if isinstance(entry, Rows):

@@ -64,7 +64,7 @@ class Sequence:
         self.pair = pair
         self.chooser = chooser
         self.seed = mx.array([seed], mx.uint32)
-        self.cache = pair.target.make_cache()
+        self.cache = pair.make_cache()
         self.state = pair.drafter.start(self.cache)
         self.text: list[int] = []
         self.ready = False  # whether the drafter has been told of the token before the newest one

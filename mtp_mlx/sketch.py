@@ -16,6 +16,7 @@ from mlx_lm.models.switch_layers import SwitchLinear
 
 from mtp_mlx.checkpoint import Checkpoint
 from mtp_mlx.errors import CheckpointError
+from mtp_mlx.memory import Network
 from mtp_mlx.models.base import HEAD_WIDTH
 
 _DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
@@ -94,7 +95,8 @@ class Sketch(Checkpoint):
         return mx.bfloat16
 
 
-def precision(network: nn.Module) -> mx.Dtype:
+def precision(network: Network) -> mx.Dtype:
     """What a network computes in, and so the dtype of the keys and values it leaves: that of its norms."""
+    assert isinstance(network, nn.Module)
     parameters: dict[str, mx.array] = dict(tree_flatten(network.parameters()))
     return next(array.dtype for name, array in parameters.items() if name.endswith("norm.weight"))

@@ -31,14 +31,67 @@ class Span:
         return mx.arange(self.length)[None] + start
 
 
-class Visible(NamedTuple):
-    """The keys and values that a block may attend to."""
+Mask = mx.array | str | None  # what mx.fast.scaled_dot_product_attention takes
+
+
+class Visible(Protocol):
+    """The keys and values that a block may attend to, in whatever form they are stored."""
+
+    def attend(self, queries: mx.array, scale: float, mask: Mask) -> mx.array:
+        """What queries (B, heads, L, head size) find, of the same shape."""
+        ...
+
+
+class PlainRows(NamedTuple):
+    """Keys and values as they are."""
 
     keys: mx.array  # (B, H, S, head size)
     values: mx.array  # (B, H, S, head size)
 
+    def attend(self, queries: mx.array, scale: float, mask: Mask) -> mx.array:
+        return mx.fast.scaled_dot_product_attention(queries, *self, scale=scale, mask=mask)
 
-Mask = mx.array | str | None  # what mx.fast.scaled_dot_product_attention takes
+
+class Packed(NamedTuple):
+    """Quantised rows: each group of values shares a scale and an offset."""
+
+    numbers: mx.array  # (B, H, S, head size * bits / 32) uint32
+    scales: mx.array  # (B, H, S, head size / group)
+    offsets: mx.array  # (B, H, S, head size / group)
+
+
+class PackedRows(NamedTuple):
+    """Quantised keys and values."""
+
+    keys: Packed
+    values: Packed
+    group: int  # values that share a scale
+    bits: int
+
+    def attend(self, queries: mx.array, scale: float, mask: Mask) -> mx.array:
+        """As `PlainRows`, without unpacking anything: for a few rows of queries, with a mask (B, 1, L, S)."""
+        assert isinstance(mask, mx.array), "a prompt attends to unpacked rows"
+        B, heads, L, size = queries.shape
+        # All queries of a KV head are rows of one product, so that its keys are read once.
+        grouped = (queries * scale).reshape(B, self.keys.numbers.shape[1], -1, size)
+        scores = mx.unflatten(self._times(grouped, self.keys, transpose=True), 2, (-1, L))  # (B, H, heads / H, L, S)
+        scores = mx.where(mask[:, :, None], scores, -mx.inf).flatten(2, 3)
+        weights = mx.softmax(scores, axis=-1, precise=True)
+        return self._times(weights, self.values, transpose=False).reshape(B, heads, L, size)
+
+    def _times(self, x: mx.array, rows: Packed, transpose: bool) -> mx.array:
+        numbers, scales, offsets = rows
+        return mx.quantized_matmul(
+            x, numbers, scales, offsets, transpose=transpose, group_size=self.group, bits=self.bits
+        )
+
+    def unpacked(self) -> PlainRows:
+        return PlainRows(
+            *(
+                mx.dequantize(numbers, scales, offsets, group_size=self.group, bits=self.bits)
+                for numbers, scales, offsets in (self.keys, self.values)
+            )
+        )
 
 
 class LayerCache(Protocol):
@@ -52,11 +105,11 @@ class LayerCache(Protocol):
         """Keep the first `count` rows of the block last written, (B,) or the same number for all."""
         ...
 
-    def arrays(self) -> list[mx.array]:
-        """Everything that it holds on the device."""
+    def arrays(self) -> list[Any]:
+        """Everything that it holds on the device: arrays, or lists of them."""
         ...
 
-    def bind(self, arrays: list[mx.array]) -> None:
+    def bind(self, arrays: list[Any]) -> None:
         """Hold these in their place: what a traced step has made of them."""
         ...
 
@@ -105,8 +158,11 @@ class Target(Protocol):
         """Bytes of the weights."""
         ...
 
-    def make_cache(self) -> "Cache":
-        """An empty cache for one sequence."""
+    def make_cache(self, kv_bits: int | None = None) -> "Cache":
+        """An empty cache for one sequence; `kv_bits` quantises the keys and values of its full-attention layers.
+
+        Raises ValueError where these cannot be quantised.
+        """
         ...
 
     def embed(self, tokens: mx.array) -> mx.array:
@@ -169,4 +225,9 @@ class Pair:
     target: Target
     drafter: Drafter
     programs: Programs = field(default_factory=Programs, compare=False, repr=False)  # shared by all sequences
+    kv_bits: int | None = None  # of the keys and values in full-attention layers; None keeps them as computed
     measured: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)  # what outlives a text
+
+    def make_cache(self) -> "Cache":
+        """An empty cache for one sequence."""
+        return self.target.make_cache(self.kv_bits)

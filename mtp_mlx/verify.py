@@ -20,7 +20,7 @@ from mtp_mlx.errors import RequestError
 from mtp_mlx.generate import DEFAULT_PREFILL_STEP, stream_generate
 from mtp_mlx.sampling import Greedy, Sample, Sampler, keys
 from mtp_mlx.stats import Stats
-from mtp_mlx.types import Pair, Span, Target
+from mtp_mlx.types import Pair, Span
 
 Verdict = Literal["equal", "near-tie", "fault"]
 Prompts = Mapping[str, list[int]]  # token ids by name
@@ -309,10 +309,10 @@ def verify(pair: Pair, tokenizer: TokenizerWrapper, prompts: Prompts, plan: Plan
         watch(f"{name}: plain decoding")
         plain = writer.write(name, 0, Greedy(), plan.seed)
         for rows in (*(depth + 1 for depth in plan.fixed), None):
-            changes.setdefault(rows, []).append(changed(plain.rows, reread(pair.target, plain, rows)))
+            changes.setdefault(rows, []).append(changed(plain.rows, reread(pair, plain, rows)))
         for depth in plan.depths:
             watch(f"{name}: depth {depth}")
-            greedy.append(compare(pair.target, plain, writer.write(name, depth, Greedy(), plan.seed)))
+            greedy.append(compare(pair, plain, writer.write(name, depth, Greedy(), plan.seed)))
     report = Report(numerics(plain.rows.dtype, changes), tuple(greedy), ())
     if plan.sampler is None:
         return report
@@ -347,7 +347,7 @@ def _draw(writer: _Writer, plan: Plan, sampler: Sampler, skip: int, wanted: int,
 
     The first `pairs` texts are also compared with plain decoding's.
     """
-    target, names = writer.pair.target, list(writer.prompts)
+    pair, names = writer.pair, list(writer.prompts)
     depths = plan.depths[::-1]
     ranks, favourites = Draws.none(len(RANKS) + 1), Draws.none(2)
     strays, accepted, rounds = 0, 0, 0
@@ -359,7 +359,7 @@ def _draw(writer: _Writer, plan: Plan, sampler: Sampler, skip: int, wanted: int,
         # Every other text that is not compared is drafted as without a seed: drawn by chance and tested by rejection.
         drafts = sampler if isinstance(sampler, Sample) and text >= pairs and text % 2 == 1 else None
         run = writer.write(name, depth, sampler, seed, drafts or "coupled")
-        truth = reread(target, run, None)
+        truth = reread(pair, run, None)
         law = run.law(truth)
         ranks += Draws.ranked(law, run.tokens)
         changes.append(changed(truth, run.rows))
@@ -369,7 +369,7 @@ def _draw(writer: _Writer, plan: Plan, sampler: Sampler, skip: int, wanted: int,
             strays += run.strays()
         accepted, rounds = accepted + run.stats.accepted, rounds + run.stats.rounds
         if text < pairs:
-            compared.append(compare(target, writer.write(name, 0, sampler, seed), run))
+            compared.append(compare(pair, writer.write(name, 0, sampler, seed), run))
         if ranks.tokens >= wanted:
             break
     every = mx.concatenate(changes)
@@ -387,20 +387,20 @@ def _draw(writer: _Writer, plan: Plan, sampler: Sampler, skip: int, wanted: int,
     )
 
 
-def reread(target: Target, run: Run, rows: int | None) -> mx.array:
+def reread(pair: Pair, run: Run, rows: int | None) -> mx.array:
     """The log-probabilities (n, V) that the target gives for every token of a text, read so many rows at a time.
 
     None reads all at once, as prompts are read. Every row that is written stays.
     """
     ids = mx.array([*run.prompt, *run.tokens[:-1]], mx.int32)[None]
     known, end = len(run.prompt) - 1, ids.shape[1]
-    cache = target.make_cache()
+    cache = pair.make_cache()
     cache.reserve(end + 1 + (rows or 0))
     read = []
     for start, stop in pairwise([*range(0, known, DEFAULT_PREFILL_STEP), *range(known, end, rows or end), end]):
         as_prompt = rows is None or start < known
         span = Span(start, stop - start) if as_prompt else cache.span(stop - start)
-        logits = target(ids[:, start:stop], cache, span).logits
+        logits = pair.target(ids[:, start:stop], cache, span).logits
         cache.commit(span.length)
         if start >= known:
             read.append(normalise(logits[0]))
@@ -412,7 +412,7 @@ def proposals(pair: Pair, run: Run) -> mx.array:
     """The log-probabilities (n, V) that the drafter gives for every token of a text but the first, whose row is 0."""
     text = mx.array([*run.prompt, *run.tokens], mx.int32)[None]
     known, end, vocabulary = len(run.prompt) - 1, text.shape[1] - 1, pair.target.vocabulary
-    cache = pair.target.make_cache()
+    cache = pair.make_cache()
     state = pair.drafter.start(cache)
     cache.reserve(end)
     heard = [mx.zeros((1, vocabulary), run.rows.dtype)]
@@ -453,13 +453,13 @@ def numerics(dtype: mx.Dtype, changes: Mapping[int | None, list[mx.array]]) -> N
     return Numerics(str(dtype).removeprefix("mlx.core."), spacing, tuple(noises[:-1]), noises[-1])
 
 
-def compare(target: Target, plain: Run, run: Run) -> Comparison:
+def compare(pair: Pair, plain: Run, run: Run) -> Comparison:
     """Judge a text by plain decoding's own rows and, from where the two part, by reading it again."""
     place = first_difference(plain.tokens, run.tokens)
     truth = plain.rows
     if place is not None:
         known = plain.rows[: place + 1][: len(run.tokens)]
-        truth = mx.concatenate([known, reread(target, run, None)[known.shape[0] :]])
+        truth = mx.concatenate([known, reread(pair, run, None)[known.shape[0] :]])
     chosen = mx.take_along_axis(truth, mx.array(run.tokens)[:, None], axis=-1)[:, 0]
     change = changed(truth, run.rows)
     return Comparison(

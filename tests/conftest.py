@@ -34,7 +34,7 @@ from mtp_mlx.penalties import Penalties
 from mtp_mlx.programs import Programs, compiles
 from mtp_mlx.rounds import Sequence
 from mtp_mlx.sampling import Greedy, Sampler
-from mtp_mlx.types import Drafter, Output, Pair, Pick, Span, State, Target
+from mtp_mlx.types import Drafter, Output, Pair, Pick, PlainRows, Span, State, Target, Visible
 
 needs_compiler = pytest.mark.xdist_group("compiler")  # two processes would compile the same kernels, into one folder
 
@@ -121,6 +121,12 @@ def mlx_lm_processors(penalties: Penalties) -> list[Callable[[mx.array, mx.array
         penalties.frequency_context,
     )
     return processors
+
+
+def rows_of(visible: Visible) -> PlainRows:
+    """What a cache shows, where it is not quantised."""
+    assert isinstance(visible, PlainRows)
+    return visible
 
 
 def varied_tokens(length: int, seed: int = 0) -> list[int]:
@@ -212,8 +218,8 @@ class AlteredTarget:
     def nbytes(self) -> int:
         return self.target.nbytes
 
-    def make_cache(self) -> Cache:
-        return self.target.make_cache()
+    def make_cache(self, kv_bits: int | None = None) -> Cache:
+        return self.target.make_cache(kv_bits)
 
     def embed(self, tokens: mx.array) -> mx.array:
         return self.target.embed(tokens)
@@ -228,13 +234,18 @@ PROGRAMS = Programs()  # traced steps of the tiny models, for all tests
 
 
 def open_sequence(
-    target: Target, drafter: Drafter, sampler: Sampler, seed: int = 0, drafts: Drafts = "argmax"
+    target: Target,
+    drafter: Drafter,
+    sampler: Sampler,
+    seed: int = 0,
+    drafts: Drafts = "argmax",
+    kv_bits: int | None = None,
 ) -> Sequence:
     """A sequence of which nothing has been read yet.
 
     Drafts are the drafter's best tokens: coupled ones would always agree with a sampler that writes a given text.
     """
-    return Sequence(Pair(target, drafter, PROGRAMS), Rules(sampler, drafts=drafts), seed)
+    return Sequence(Pair(target, drafter, PROGRAMS, kv_bits), Rules(sampler, drafts=drafts), seed)
 
 
 def run_rounds(
@@ -247,9 +258,10 @@ def run_rounds(
     step: int = 2048,
     seed: int = 0,
     drafts: Drafts = "argmax",
+    kv_bits: int | None = None,
 ) -> tuple[list[int], mx.array, list[int]]:
     """`tokens` tokens after a prompt at depth k: the tokens, their log-probability rows, drafts kept per round."""
-    sequence = open_sequence(target, drafter, sampler, seed, drafts)
+    sequence = open_sequence(target, drafter, sampler, seed, drafts, kv_bits)
     sequence.prefill(prompt, step, lambda done, total: None)
     text: list[int] = []
     rows: list[mx.array] = []

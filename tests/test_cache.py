@@ -3,9 +3,21 @@
 import mlx.core as mx
 import numpy as np
 import pytest
+from conftest import gap, rows_of
 
-from mtp_mlx.cache import MAX_BLOCK, Cache, FullCache, KeyValueCache, RecurrentCache, SlidingCache, bucket
-from mtp_mlx.types import Mask, Span, Visible
+from mtp_mlx.cache import (
+    MAX_BLOCK,
+    Cache,
+    FullCache,
+    KeyValueCache,
+    QuantisedCache,
+    RecurrentCache,
+    SlidingCache,
+    bucket,
+    full_cache,
+    kv_group,
+)
+from mtp_mlx.types import Mask, PackedRows, Span, Visible
 
 WINDOW = 8
 
@@ -17,7 +29,7 @@ def _rows(start: int, length: int) -> mx.array:
 
 def _seen(visible: Visible, mask: Mask, length: int) -> list[list[int]]:
     """For every query of a block, the positions it can see, sorted."""
-    held = np.array(visible.keys)[0, 0, :, 0].astype(int)
+    held = np.array(rows_of(visible).keys)[0, 0, :, 0].astype(int)
     if isinstance(mask, mx.array):
         allowed = np.broadcast_to(np.array(mask), (1, 1, length, len(held)))[0, 0]
     else:
@@ -86,7 +98,7 @@ def test_rows_of_a_batch_stand_at_their_own_positions() -> None:
     rows = mx.concatenate([_rows(3, 2), _rows(20, 2)], axis=0)
     visible = layer.write(rows, rows, span)
     ages = np.array(layer.mask(span))
-    slots = np.array(visible.keys)[:, 0, :, 0].astype(int)
+    slots = np.array(rows_of(visible).keys)[:, 0, :, 0].astype(int)
     assert slots[0, 3:5].tolist() == [3, 4] and slots[1, 20:22].tolist() == [20, 21]
     assert ages.shape == (2, 1, 2, layer.size)
     assert ages[0, 0, 1, :5].all() and not ages[0, 0, 1, 5:].any()
@@ -101,14 +113,14 @@ def test_growing_keeps_what_is_stored() -> None:
     cache.reserve(1000)
     span = cache.span(1)
     visible = layer.write(_rows(10, 1), _rows(10, 1), span)
-    assert visible.keys.shape[2] == cache.capacity == 1024
+    assert rows_of(visible).keys.shape[2] == cache.capacity == 1024
     assert _seen(visible, layer.mask(span), 1) == _expected(10, 1, 10_000)
 
 
 def test_reading_a_prompt_never_attends_over_empty_slots() -> None:
     layer = FullCache()
     Cache([layer]).reserve(100_000)
-    assert layer.write(_rows(0, 7), _rows(0, 7), Span(0, 7)).keys.shape[2] == 7
+    assert rows_of(layer.write(_rows(0, 7), _rows(0, 7), Span(0, 7))).keys.shape[2] == 7
 
 
 @pytest.mark.parametrize("rows", [1, 256, 257, 3000, 70_001, 262_144])
@@ -240,10 +252,10 @@ def test_the_layer_of_a_drafter_lives_in_the_targets_cache() -> None:
     cache.reserve(300)
     cache.attach(own)
     own.write(_rows(0, 300), _rows(0, 300), Span(0, 300))
-    assert own.stored().keys.shape[2] == cache.capacity
-    assert cache.nbytes > own.stored().keys.nbytes
+    assert rows_of(own.stored()).keys.shape[2] == cache.capacity
+    assert cache.nbytes > rows_of(own.stored()).keys.nbytes
     cache.reserve(5000)
-    assert own.stored().keys.shape[2] == cache.capacity
+    assert rows_of(own.stored()).keys.shape[2] == cache.capacity
 
 
 def test_a_lost_row_that_is_not_finite_does_not_reach_the_state() -> None:
@@ -256,3 +268,40 @@ def test_a_lost_row_that_is_not_finite_does_not_reach_the_state() -> None:
         _put(clean, _first(block, 2))
         clean.commit(2)
         assert mx.array_equal(cache.arrays()[1], clean.arrays()[1])
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("size", [32, 64, 96])
+def test_quantised_rows_are_attended_to_as_if_they_were_unpacked(bits: int, size: int) -> None:
+    layer = QuantisedCache(bits)
+    cache = Cache([layer])
+    cache.reserve(40)
+    random = np.random.default_rng(size)
+
+    def draw(heads: int, length: int) -> mx.array:
+        return mx.array(random.normal(size=(1, heads, length, size)), mx.float32)
+
+    keys, values = draw(2, 20), draw(2, 20)
+    of_prompt = rows_of(layer.write(keys, values, Span(0, 20)))  # what a prompt sees has been through the cache as well
+    assert 0 < gap(of_prompt.keys, keys) < (0.5 if bits == 4 else 0.03)
+    cache.commit(20)
+    for length in (1, 5):
+        span = cache.span(length)
+        visible, mask = layer.write(draw(2, length), draw(2, length), span), layer.mask(span)
+        assert isinstance(visible, PackedRows) and isinstance(mask, mx.array)
+        queries = draw(6, length)  # three heads to each of the two
+        found = visible.attend(queries, 0.3, mask)
+        assert gap(found, visible.unpacked().attend(queries, 0.3, mask)) < 1e-5
+        assert gap(visible.unpacked().keys[:, :, :20], of_prompt.keys) == 0
+        cache.commit(length)
+    plain = FullCache()
+    plain.reserve(cache.capacity)
+    plain.write(keys, values, Span(0, 20))
+    stored, whole = (sum(array.nbytes for array in held.arrays()) for held in (layer, plain))
+    assert stored / whole == pytest.approx((bits + 2 * 32 / kv_group(size)) / 32)
+
+
+def test_a_head_that_no_group_fits_is_refused() -> None:
+    with pytest.raises(ValueError, match="a head of 80 values cannot be quantised, only multiples of 32"):
+        full_cache(80, 8)
+    assert type(full_cache(80, None)) is FullCache

@@ -6,7 +6,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import FIXTURES, VARIANTS, WINDOW, gap, golden, mlx_lm_model, tiny, varied_tokens
+from conftest import FIXTURES, VARIANTS, WINDOW, gap, golden, mlx_lm_model, rows_of, tiny, varied_tokens
 from mlx.utils import tree_flatten
 
 from mtp_mlx.cache import Cache
@@ -71,7 +71,7 @@ def test_the_cache_holds_what_the_assistant_is_given(variant: str) -> None:
             wanted = np.arange(len(tokens) - WINDOW, len(tokens))
             assert sorted(places) == sorted(wanted % size)
             places = wanted % size
-        visible = layer.stored()
+        visible = rows_of(layer.stored())
         for mine, theirs in zip(visible, (expected[f"{name}_keys"], expected[f"{name}_values"]), strict=True):
             close(np.array(mine[0])[:, places], theirs[:, -len(places) :])
 

@@ -27,10 +27,14 @@ from mlx_lm.convert import convert
 from safetensors.numpy import save_file
 
 from mtp_mlx.checkpoint import Checkpoint
+from mtp_mlx.draft_model import DraftModel
 from mtp_mlx.errors import CheckpointError, MTPError, PairError, RequestError
-from mtp_mlx.hub import find
+from mtp_mlx.generate import generate
+from mtp_mlx.hub import DEMOS, find
 from mtp_mlx.loading import load, load_pair
 from mtp_mlx.models.gemma4_assistant import Assistant, mismatches
+from mtp_mlx.models.qwen3_5 import Model as Qwen
+from mtp_mlx.models.qwen3_5 import TextConfig
 from mtp_mlx.ngram import NoDrafter
 from mtp_mlx.pairs import choose_drafter
 from mtp_mlx.sampling import Greedy
@@ -331,8 +335,48 @@ def test_an_empty_name_and_an_integer_dtype_are_refused() -> None:
 def test_roles_cannot_be_swapped() -> None:
     with pytest.raises(CheckpointError, match="is a drafter; give its target"):
         load(FIXTURES / "gemma4_keqv" / "assistant")
-    with pytest.raises(PairError, match="not a drafter"):
-        load(FIXTURES / "gemma4_keqv", FIXTURES / "gemma4_keqv")
+    with pytest.raises(PairError, match="'qwen3_5', which does not draft for 'gemma4' targets"):
+        load(FIXTURES / "gemma4_keqv", FIXTURES / "qwen3_5_tied")
+
+
+@pytest.mark.parametrize(("target", "drafter"), [("gemma4_keqv", "gemma4_ple"), ("demo-qwen", "narrow")])
+def test_a_smaller_model_of_the_family_drafts(target: str, drafter: str, tmp_path: Path) -> None:
+    """Of Qwen, one that is not as wide as the target: another would be asked for its head."""
+    if drafter == "narrow":
+        folder, model = tmp_path / drafter, "demo-qwen"
+        _narrow_qwen(folder)
+    else:
+        folder, model = FIXTURES / drafter, str(FIXTURES / target)
+    pair, tokenizer = load(model, folder, dtype=mx.float32)
+    assert isinstance(pair.drafter, DraftModel)
+    texts = {generate(pair, tokenizer, "import os", max_tokens=12, depth=depth) for depth in (0, 3)}
+    assert len(texts) == 1
+    narrowed = load(model, folder, drafter_bits=8)[0].drafter
+    assert narrowed.nbytes < pair.drafter.nbytes / 2
+
+
+def _narrow_qwen(folder: Path) -> None:
+    """Half as wide as the second demo, with random weights and its tokenizer."""
+    shutil.copytree(DEMOS["demo-qwen"], folder, ignore=shutil.ignore_patterns("*.safetensors"))
+
+    def halve(config: dict[str, Any]) -> None:
+        text = config.get("text_config", config)
+        text["hidden_size"] //= 2
+
+    edit_config(folder, halve)
+    model = Qwen(TextConfig.from_dict(json.loads((folder / "config.json").read_text())))
+    mx.save_safetensors(str(folder / "model.safetensors"), dict[str, mx.array](tree_flatten(model.parameters())))
+
+
+def test_a_smaller_model_with_another_vocabulary_is_refused(tmp_path: Path) -> None:
+    other = Path(shutil.copytree(FIXTURES / "gemma4_ple", tmp_path / "other"))
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    words = tokenizer["model"]["vocab"]
+    one, two = list(words)[5:7]
+    words[one], words[two] = words[two], words[one]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(PairError, match="another vocabulary than the target"):
+        load(FIXTURES / "gemma4_keqv", other)
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:

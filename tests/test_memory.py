@@ -20,16 +20,16 @@ from mtp_mlx.types import Pair
 
 
 @pytest.mark.parametrize("variant", [*VARIANTS, *QWEN])
-@pytest.mark.parametrize(("tokens", "drafts"), [(20, 0), (20, 3), (300, 2)])
-def test_a_cache_holds_what_was_told_to_the_byte(variant: str, tokens: int, drafts: int) -> None:
+@pytest.mark.parametrize(("tokens", "drafts", "bits"), [(20, 0, None), (20, 3, None), (300, 2, 8), (20, 0, 4)])
+def test_a_cache_holds_what_was_told_to_the_byte(variant: str, tokens: int, drafts: int, bits: int | None) -> None:
     target, drafter = tiny_qwen(variant) if variant in QWEN else tiny(variant)
-    sequence = Sequence(Pair(target, drafter), Rules(Greedy(), drafts="argmax"))
+    sequence = Sequence(Pair(target, drafter, kv_bits=bits), Rules(Greedy(), drafts="argmax"))
     sequence.prefill(varied_tokens(tokens), 128, lambda done, total: None)
     sequence.round(drafts if sequence.ready else 0)
     k = drafts if variant in QWEN else 0  # an assistant drafts from the second round on
     length = tokens - 1 + k + 1
     beside = drafter.network.layout if variant in QWEN else ()
-    told = kv_bytes(target.layout, length, None, 4, block=k + 1) + kv_bytes(beside, length, None, 4)
+    told = kv_bytes(target.layout, length, bits, 4, block=k + 1) + kv_bytes(beside, length, None, 4)
     assert sequence.cache.nbytes == told + 4  # the position
 
 
@@ -74,7 +74,7 @@ def test_only_rows_of_every_token_are_quantised() -> None:
     state = Recurrence(state=100, tail=10, row=5, exact_row=1)
     assert kv_bytes((state,), 5000, 4, 2, block=0) == 4 * 100 + 2 * 10
     assert kv_bytes((state,), 5000, 4, 2, block=3) == 2 * (4 * 100 + 2 * 10) + 3 * (2 * 5 + 4)
-    with pytest.raises(ValueError, match="heads of 80"):
+    with pytest.raises(ValueError, match="head of 80"):
         Rows(heads=1, size=80).nbytes(10, 8, 2)
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import mlx.core as mx
 import pytest
-from conftest import DialledDrafter, Forced, certain, gap, needs_compiler, run_rounds, tiny_pair, varied_tokens
+from conftest import DialledDrafter, Forced, certain, gap, needs_compiler, rows_of, run_rounds, tiny_pair, varied_tokens
 from test_rounds import EXACT
 
 from mtp_mlx.cache import Cache, FullCache, RecurrentCache, SlidingCache
@@ -61,7 +61,7 @@ class Toy:
     nbytes: int = 0
     calls: list[int] = field(default_factory=list)
 
-    def make_cache(self) -> Cache:
+    def make_cache(self, kv_bits: int | None = None) -> Cache:
         cache = Cache(list(self.layers))
         cache.reserve(self.slots)
         return cache
@@ -73,7 +73,7 @@ class Toy:
         self.calls.append(span.length)
         rows = mx.broadcast_to(tokens[:, None, :, None].astype(mx.float32), (1, 4, span.length, 128))
         seen = [cache.attention(i).write(rows, rows, span) for i in range(len(self.layers))]
-        newest = sum(visible.keys[:, 0, 3, 0] + visible.values[:, 0, 3, 0] for visible in seen)  # (B,)
+        newest = sum(rows.keys[:, 0, 3, 0] + rows.values[:, 0, 3, 0] for rows in map(rows_of, seen))  # (B,)
         logits = certain(((tokens + 1) % self.vocabulary).reshape(-1, 1)).reshape(1, span.length, -1)
         return Output(logits + 0 * newest, self.embed(tokens))
 
@@ -100,7 +100,7 @@ class Reader:
     def draft(self, state: State, cache: Cache, last: mx.array, k: int, pick: Pick) -> None:
         token = last[:, None]
         for _ in range(k):
-            looked_at = sum(cache.attention(i).stored().keys[:, 0, :4].sum() for i in range(len(cache.layers)))
+            looked_at = sum(rows_of(cache.attention(i).stored()).keys[:, 0, :4].sum() for i in range(len(cache.layers)))
             token = pick(certain((token + 1 + (token % 5 == 0)) % 320) + 0 * looked_at)
 
 

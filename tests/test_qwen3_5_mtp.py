@@ -22,6 +22,7 @@ from conftest import (
     float32_copy,
     golden,
     open_sequence,
+    rows_of,
     run_rounds,
     tiny_qwen,
     varied_tokens,
@@ -86,7 +87,7 @@ def pairs_of(sequence: Sequence, count: int) -> tuple[mx.array, mx.array]:
     """Keys and values of the first `count` pairs, (H, count, head size)."""
     layer = sequence.cache.layers[-1]
     assert isinstance(layer, FullCache)
-    keys, values = layer.stored()
+    keys, values = rows_of(layer.stored())
     return keys[0, :, :count], values[0, :, :count]
 
 

@@ -102,6 +102,26 @@ def test_every_kept_row_equals_plain_decoding_along_a_varied_text(variant: str, 
     assert partial == set(range(k + 1)), "not every partial acceptance has occurred"
 
 
+@pytest.mark.parametrize("variant", ["gemma4_ple", "gemma4_keqv", "qwen3_5_tied"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_with_a_quantised_cache_every_kept_row_equals_plain_decoding_with_that_cache(variant: str, bits: int) -> None:
+    target, own = tiny_pair(variant)
+    nobody, partial = DialledDrafter.dial([], 0.0), set[int]()
+    for length in (1, WINDOW + 1, 3 * WINDOW):
+        text, forced, exact = _forced_rows(variant, length)
+        _, expected, _ = run_rounds(target, nobody, forced, text[:length], LENGTH, 0, STEP, kv_bits=bits)
+        # Rounding does something, and not much: keys and values are near those that it began with.
+        assert EXACT < gap(expected, exact) < (0.3 if bits == 8 else 5.0)
+        for k, rate in ((1, 0.7), (4, 0.5), (4, 0.8), (7, 0.9)):
+            drafter = DialledDrafter.dial(text, rate, seed=k)
+            tokens, rows, accepted = run_rounds(target, drafter, forced, text[:length], LENGTH, k, 2048, kv_bits=bits)
+            assert tokens == text[length : length + LENGTH] and gap(rows, expected) < EXACT
+            partial |= set(accepted)
+        _, rows, _ = run_rounds(target, own, forced, text[:length], LENGTH, 3, STEP, kv_bits=bits)
+        assert gap(rows, expected) < EXACT
+    assert partial >= set(range(5))
+
+
 @pytest.mark.parametrize("variant", [*VARIANTS, *QWEN])
 @pytest.mark.parametrize("length", [1, 5, WINDOW, 3 * WINDOW])
 def test_the_drafter_itself_changes_nothing(variant: str, length: int) -> None:

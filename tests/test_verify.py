@@ -452,10 +452,10 @@ def test_rejection_that_never_rejects_is_caught(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("variant", ["gemma4_ple", "qwen3_5_tied"])
 @pytest.mark.parametrize("length", [1, 20])
 def test_a_drafter_is_asked_at_every_token(variant: str, length: int) -> None:
-    target, _ = tiny_pair(variant)
+    pair = Pair(*tiny_pair(variant))
     prompt, text = varied_tokens(length), varied_tokens(30, seed=1)
     run = Run("", prompt, 3, Sample(1.0), 0, text, mx.zeros((30, 320)), Stats(length))
-    rows = proposals(Pair(target, DialledDrafter.dial(prompt + text, 1.0)), run)
+    rows = proposals(Pair(pair.target, DialledDrafter.dial(prompt + text, 1.0)), run)
     assert rows.shape == (30, 320) and mx.argmax(rows[1:], axis=-1).tolist() == text[1:]
 
 
@@ -478,31 +478,31 @@ def test_what_a_drafter_is_asked_is_what_it_proposes(name: str) -> None:
 @pytest.mark.parametrize("variant", ["gemma4_ple", "qwen3_5_tied"])
 @pytest.mark.parametrize("length", [1, 20])
 def test_reading_a_text_again_gives_the_rows_of_plain_decoding(variant: str, length: int) -> None:
-    target, _ = tiny_pair(variant)
+    pair = Pair(*tiny_pair(variant))
     prompt, text = varied_tokens(length), varied_tokens(40, seed=1)
     run = Run("", prompt, 0, Greedy(), 0, text, mx.zeros((40, 320)), Stats(length))
-    single = reread(target, run, 1)
+    single = reread(pair, run, 1)
     assert single.shape == (40, 320)
     for rows in (2, 3, 7, None):
-        assert gap(single, reread(target, run, rows)) < 1e-3
+        assert gap(single, reread(pair, run, rows)) < 1e-3
 
 
 def test_texts_that_part_are_judged_to_their_end() -> None:
-    target, _ = tiny_pair("gemma4_ple")
+    pair = Pair(*tiny_pair("gemma4_ple"))
     prompt, text = varied_tokens(5), varied_tokens(20, seed=1)
     plain = Run("a", prompt, 0, Greedy(), 0, text, mx.zeros((20, 320)), Stats(5))
-    plain = replace(plain, rows=reread(target, plain, None))
+    plain = replace(plain, rows=reread(pair, plain, None))
     run = replace(plain, depth=2, tokens=[*text[:9], *varied_tokens(11, seed=2)])
-    run = replace(run, rows=reread(target, run, None))
-    found = compare(target, plain, run)
+    run = replace(run, rows=reread(pair, run, None))
+    found = compare(pair, plain, run)
     assert found.first is not None and found.first.place == 9 and found.shift < 1e-6
     rows = np.array(run.rows)
     assert found.gap == pytest.approx((rows.max(axis=1) - rows[np.arange(20), run.tokens]).max(), abs=1e-3)
     # Where the texts part it is plain decoding's own row that counts.
     unlikely = plain.rows - 50 * (mx.arange(320) == run.tokens[9])
-    assert compare(target, replace(plain, rows=unlikely), run).gap > 50
-    shorter = compare(target, plain, replace(plain, tokens=text[:7], rows=plain.rows[:7]))
-    longer = compare(target, replace(plain, tokens=text[:7], rows=plain.rows[:7]), plain)
+    assert compare(pair, replace(plain, rows=unlikely), run).gap > 50
+    shorter = compare(pair, plain, replace(plain, tokens=text[:7], rows=plain.rows[:7]))
+    longer = compare(pair, replace(plain, tokens=text[:7], rows=plain.rows[:7]), plain)
     for cut, ends in ((shorter, (text[7], None)), (longer, (None, text[7]))):
         assert cut.first is not None and (cut.first.plain, cut.first.other) == ends and cut.first.gap is None
         assert cut.verdict(ROUGH) == "fault"

@@ -1,0 +1,91 @@
+"""What several commands ask for: the parts of a pair and how they are held, parsed and loaded in one way."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import mlx.core as mx
+import typer
+
+from mtp_mlx.cli.display import loading
+from mtp_mlx.drafter_bits import Bits
+from mtp_mlx.errors import RequestError
+from mtp_mlx.loading import Loaded, load_pair
+
+Model = Annotated[
+    str, typer.Option(help="Folder or hub id of the target; 'demo' and 'demo-qwen' are built in and work offline.")
+]
+Drafter = Annotated[
+    str,
+    typer.Option(
+        help="Folder, file or hub id of the drafter, 'auto' for the one that belongs to the target, or 'none'; "
+        "a smaller model of its family drafts as well."
+    ),
+]
+Dtype = Annotated[
+    str, typer.Option(help="Recast the weights: float32, bfloat16 or float16; 'auto' keeps the checkpoint's.")
+]
+DrafterBits = Annotated[
+    str,
+    typer.Option(
+        help="Hold the drafter in 4 or 8 bits, or as it is with 'none'; 'auto' narrows one that reads too much."
+    ),
+]
+KvBits = Annotated[
+    str, typer.Option(help="Hold keys and values of full-attention layers in 4 or 8 bits; 'none' keeps them.")
+]
+Adapter = Annotated[
+    str | None,
+    typer.Option(help="Folder or hub id of a fine-tune of the target in mlx-lm's format (LoRA, DoRA, full)."),
+]
+
+DTYPES = {"auto": None, "float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
+_BITS: dict[str, int | None] = {"none": None, "4": 4, "8": 8}
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A pair as it was asked for. Raises RequestError for what no pair can be."""
+
+    model: str
+    drafter: str = "auto"
+    dtype: str = "auto"
+    drafter_bits: str = "auto"
+    kv_bits: str = "none"
+    adapter: str | None = None
+
+    def load(self) -> Loaded:
+        dtype, drafter_bits, kv_bits = parse_dtype(self.dtype), _drafter_bits(self.drafter_bits), self._kv_bits()
+        with loading(self.model):
+            return load_pair(
+                self.model, self.drafter, dtype, drafter_bits=drafter_bits, kv_bits=kv_bits, adapter=self.adapter
+            )
+
+    def _kv_bits(self) -> int | None:
+        if self.kv_bits not in _BITS:
+            raise RequestError(f"--kv-bits {self.kv_bits} is not one of {', '.join(_BITS)}")
+        return _BITS[self.kv_bits]
+
+
+def parse_dtype(name: str) -> mx.Dtype | None:
+    """The dtype of that name, None for 'auto'. Raises RequestError for any other."""
+    if name not in DTYPES:
+        raise RequestError(f"--dtype {name} is not one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def _drafter_bits(given: str) -> Bits:
+    if given == "auto":
+        return "auto"
+    if given not in _BITS:
+        raise RequestError(f"--drafter-bits {given} is not one of auto, {', '.join(_BITS)}")
+    return _BITS[given]
+
+
+def parse_depth(depth: str) -> int | str:
+    """'auto' or a number. Raises RequestError for anything else."""
+    if depth == "auto":
+        return depth
+    try:
+        return int(depth)
+    except ValueError:
+        raise RequestError(f"--depth {depth} is neither 'auto' nor a number of drafts") from None
