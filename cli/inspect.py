@@ -8,8 +8,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from mtp_mlx.cli import options
 from mtp_mlx.cli.display import Notes, loading, size
+from mtp_mlx.cli.options import Drafter, KvBits
 from mtp_mlx.errors import RequestError
 from mtp_mlx.forecast import ACCEPTANCE
 from mtp_mlx.outline import CONTEXTS, KV_BITS, Outline, outline
@@ -18,14 +18,14 @@ from mtp_mlx.outline import CONTEXTS, KV_BITS, Outline, outline
 def command(
     model: Annotated[str, typer.Argument(help="Folder or hub id of a target or a drafter, or a demo.")],
     more: Annotated[list[int] | None, typer.Argument(hidden=True, help="Further contexts.")] = None,
-    drafter: options.Drafter = "auto",
+    drafter: Drafter = "auto",
     context: Annotated[
         list[int] | None,
         typer.Option(
             help="Tokens of a text whose memory is told; several may follow each other. Default: 4096 32768 131072."
         ),
     ] = None,
-    kv_bits: options.KvBits = "none",
+    kv_bits: KvBits = "none",
     acceptance: Annotated[
         float, typer.Option(help="How often a draft is right, for the estimate of depth.")
     ] = ACCEPTANCE,

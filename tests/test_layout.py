@@ -97,7 +97,7 @@ ALLOWED = {
         "penalties",
         "sampling",
     },
-    "mtp_mlx.cli.inspect": {"cli", "cli.display", "errors", "forecast", "outline"},
+    "mtp_mlx.cli.inspect": {"cli.display", "cli.options", "errors", "forecast", "outline"},
     "mtp_mlx.cli.bench": {"bench", "cli.display", "cli.options", "errors", "hub"},
     "mtp_mlx.cli.verify": {"cli.display", "cli.options", "errors", "generate", "hub", "loading", "sampling", "verify"},
     "mtp_mlx.cli.main": {"cli", "errors"},
