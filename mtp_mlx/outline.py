@@ -20,7 +20,7 @@ from mtp_mlx import memory
 from mtp_mlx.errors import CheckpointError, MTPError, RequestError
 from mtp_mlx.forecast import ACCEPTANCE, DEEPEST, OVERLAP, Estimate, chips, estimate, this_chip
 from mtp_mlx.hollow import hollow
-from mtp_mlx.hub import DEMOS, FILES, find, is_hub_id
+from mtp_mlx.hub import DEMOS, find, is_hub_id
 from mtp_mlx.loading import Paired, is_target, sketch, sketch_drafter
 from mtp_mlx.memory import Network, Recurrence, Rows, Weights
 from mtp_mlx.pairs import choose
@@ -175,7 +175,7 @@ class _Places:
             folder = hollow(name, self._scratch)
         except CheckpointError as error:
             try:
-                folder = Path(snapshot_download(name, allow_patterns=FILES, local_files_only=True))
+                folder = Path(snapshot_download(name, allow_patterns="config.json", local_files_only=True))
             except OSError:
                 raise error from None
             self.source = "the hub's cache here"
