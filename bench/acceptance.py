@@ -1,7 +1,7 @@
 """Tokens per round and acceptance per position on held-out prompts, by kind of text.
 
     python bench/acceptance.py --depth 4 [--model demo] [--tokens 200] [--temp 0 0.6 1.0] [--drafts coupled argmax]
-        [--out figures.json]
+        [--drafter-bits 4] [--out figures.json]
 
 The prompts of bench/demo/heldout.json come from files that the demo pair was not trained on. A round brings its
 accepted drafts and one token of the target's own. Texts end at the end-of-text token or after --tokens tokens.
@@ -30,7 +30,9 @@ DRAFTS = ("coupled", "argmax", "sampled")
 
 def main() -> None:
     options = parser().parse_args()
-    pair, tokenizer = mtp_mlx.load(options.model, options.drafter, dtype=DTYPES[options.dtype])
+    pair, tokenizer = mtp_mlx.load(
+        options.model, options.drafter, dtype=DTYPES[options.dtype], drafter_bits=options.drafter_bits
+    )
     prompts = json.loads(options.prompts.read_text())[: options.limit]
     figures: dict[str, dict[str, Any]] = {}
     for depth in options.depth:
@@ -64,7 +66,9 @@ def run(
 
 
 def settings(options: argparse.Namespace, prompts: list[dict[str, str]]) -> dict[str, object]:
-    given = {name: vars(options)[name] for name in ("model", "drafter", "dtype", "tokens", "temp", "drafts")}
+    given = {
+        name: vars(options)[name] for name in ("model", "drafter", "drafter_bits", "dtype", "tokens", "temp", "drafts")
+    }
     return {**given, "prompts": len(prompts)}
 
 
@@ -96,6 +100,7 @@ def parser() -> argparse.ArgumentParser:
     parser = report.parser(__doc__)
     parser.add_argument("--prompts", type=Path, default=report.HELDOUT)
     parser.add_argument("--limit", type=int, default=None, help="use only the first prompts")
+    parser.add_argument("--drafter-bits", type=int, choices=(4, 8), default=None)
     parser.add_argument("--depth", type=int, nargs="+", default=[4])
     parser.add_argument("--tokens", type=int, default=200)
     parser.add_argument("--temp", type=float, nargs="+", default=[0.0])

@@ -44,6 +44,9 @@ class Unprimed:
     def nbytes(self) -> int:
         return self.head.nbytes
 
+    def kv_bytes(self, tokens: int) -> int:
+        return self.head.kv_bytes(tokens)
+
     def reads(self, cache: Cache) -> int:
         return self.head.reads(cache)
 

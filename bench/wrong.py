@@ -41,6 +41,9 @@ class Wrong:
     def nbytes(self) -> int:
         return self.drafter.nbytes
 
+    def kv_bytes(self, tokens: int) -> int:
+        return self.drafter.kv_bytes(tokens)
+
     def reads(self, cache: Cache) -> int:
         return self.drafter.reads(cache)
 

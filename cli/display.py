@@ -3,7 +3,7 @@
 import logging
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from types import TracebackType
@@ -136,16 +136,15 @@ class Writer:
             sys.stdout.flush()
 
 
-def stats_table(last: Response, drafter: str, show_drafts: bool) -> None:
-    """The figures of a generation, and which drafter it had, on stderr."""
+def stats_table(last: Response, parts: Mapping[str, str], show_drafts: bool) -> None:
+    """What was loaded, by part, and the figures of a generation; on stderr."""
     stats = last.stats
     if show_drafts:
         legend = "  ".join(f"[{style}]{name}[/]" for name, style in STYLES.items() if name != "plain")
         _stderr.print(f"\n{legend}")
     table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_row("drafter", escape(drafter))
-    for name, value in _rows(stats, last):
-        table.add_row(name, value)
+    for name, value in (*parts.items(), *_rows(stats, last)):
+        table.add_row(name, escape(value))
     _stderr.print()
     _stderr.print(table)
 

@@ -21,7 +21,7 @@ from mtp_mlx.generate import (
     in_chat_template,
     stream_generate,
 )
-from mtp_mlx.hub import DEMO, DEMOS, is_hub_id
+from mtp_mlx.hub import DEMO, DEMOS
 from mtp_mlx.loading import Loaded
 from mtp_mlx.penalties import Penalties
 from mtp_mlx.sampling import Sample, Sampler, choose_sampler
@@ -129,7 +129,7 @@ def command(
     text = _read_prompt(prompt, model)
     with Notes(verbose) as notes, Progress() as progress:
         loaded = Parts(model, drafter, dtype, drafter_bits, kv_bits, adapter).load()
-        if verbose or (drafter == "auto" and (loaded.drafter is None or is_hub_id(loaded.drafter))):
+        if verbose or (drafter == "auto" and not loaded.expected):
             note(f"drafter: {loaded.drafter or 'none'} ({loaded.drafter_reason})")
         if loaded.adapter:
             note(f"adapter: {loaded.adapter}")
@@ -152,7 +152,7 @@ def command(
         if as_json:
             _print_json(responses, loaded)
         else:
-            _print_text(responses, loaded, show_drafts, stats)
+            _print_text(responses, show_drafts, loaded if stats else None)
 
 
 def parse_drafts(name: str, sampler: Sampler, temperature: float | None) -> Drafts | None:
@@ -206,14 +206,16 @@ def _read_prompt(prompt: str | None, model: str) -> str:
         raise RequestError(f"standard input is not UTF-8 text ({error}); give the prompt as UTF-8") from None
 
 
-def _print_text(responses: Iterator[Response], loaded: Loaded, show_drafts: bool, with_stats: bool) -> None:
+def _print_text(responses: Iterator[Response], show_drafts: bool, loaded: Loaded | None) -> None:
+    """The text, and the table of what was loaded."""
     writer = Writer(show_drafts)
     for response in responses:
         writer.write(response.text, response.origin)
         last = response
     writer.finish()
-    if with_stats:
-        stats_table(last, f"{loaded.drafter or 'none'} ({loaded.drafter_reason})", show_drafts)
+    if loaded:
+        drafter = f"{loaded.drafter or 'none'} ({loaded.drafter_reason})"
+        stats_table(last, {"drafter": drafter} | ({"adapter": loaded.adapter} if loaded.adapter else {}), show_drafts)
 
 
 def _print_json(responses: Iterator[Response], loaded: Loaded) -> None:

@@ -12,8 +12,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.switch_layers import SwitchGLU
 
-from mtp_mlx.cache import Cache, KeyValueCache, SlidingCache, full_cache
-from mtp_mlx.memory import Layout, Rows, Traffic
+from mtp_mlx.cache import MAX_BLOCK, Cache, KeyValueCache, SlidingCache, full_cache
+from mtp_mlx.memory import Layout, Rows, Traffic, kv_bytes
 from mtp_mlx.models import base
 from mtp_mlx.types import Mask, Output, PlainRows, Span, Visible
 
@@ -429,6 +429,9 @@ class Model(nn.Module):
     def traffic(self) -> Traffic:
         chosen = self.config.top_k_experts if self.config.num_experts else 0
         return Traffic(chosen, "model.embed_tokens" if self.config.tie_word_embeddings else "lm_head")
+
+    def kv_bytes(self, tokens: int, kv_bits: int | None = None) -> int:
+        return kv_bytes(self.layout, tokens, kv_bits, self.model.norm.weight.dtype.size, MAX_BLOCK)
 
     def make_cache(self, kv_bits: int | None = None) -> Cache:
         kinds = self.config.layer_types[: self.config.first_shared]

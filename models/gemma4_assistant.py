@@ -174,6 +174,9 @@ class Assistant:
         """Bytes of the weights; the target's table and cache are not counted again."""
         return weight_bytes(self.network)
 
+    def kv_bytes(self, tokens: int) -> int:
+        return 0  # it has none of its own
+
     def reads(self, cache: Cache) -> int:
         return sum(array.nbytes for layer in self._layers(cache).values() for array in layer.arrays())
 

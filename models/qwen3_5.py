@@ -14,8 +14,8 @@ import mlx.nn as nn
 from mlx_lm.models.rope_utils import initialize_rope
 from mlx_lm.models.switch_layers import SwitchGLU
 
-from mtp_mlx.cache import Cache, KeyValueCache, RecurrentCache, full_cache
-from mtp_mlx.memory import Layout, Recurrence, Rows, Traffic
+from mtp_mlx.cache import MAX_BLOCK, Cache, KeyValueCache, RecurrentCache, full_cache
+from mtp_mlx.memory import Layout, Recurrence, Rows, Traffic, kv_bytes
 from mtp_mlx.models import base
 from mtp_mlx.types import Mask, Output, PlainRows, Span, Visible
 
@@ -430,6 +430,9 @@ class Model(nn.Module):
         return Traffic(
             self.config.num_experts_per_tok, "model.embed_tokens" if self.config.tie_word_embeddings else "lm_head"
         )
+
+    def kv_bytes(self, tokens: int, kv_bits: int | None = None) -> int:
+        return kv_bytes(self.layout, tokens, kv_bits, self.model.norm.weight.dtype.size, MAX_BLOCK)
 
     def make_cache(self, kv_bits: int | None = None) -> Cache:
         size, kernel = self.config.head_dim, self.config.linear_conv_kernel_dim

@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mtp_mlx.cache import MAX_BLOCK, Cache, FullCache, KeyValueCache
-from mtp_mlx.memory import Layout, Rows, Traffic
+from mtp_mlx.memory import Layout, Rows, Traffic, kv_bytes
 from mtp_mlx.models import base
 from mtp_mlx.models.qwen3_5 import FULL, DecoderLayer, Stored, TextConfig, is_raw
 from mtp_mlx.models.qwen3_5 import Model as Qwen
@@ -74,6 +74,9 @@ class Head:
     def nbytes(self) -> int:
         """Bytes of the weights; the target's embeddings and output head are not counted again."""
         return base.weight_bytes(self.network)
+
+    def kv_bytes(self, tokens: int) -> int:
+        return kv_bytes(self.network.layout, tokens, None, self.network.norm.weight.dtype.size)
 
     def reads(self, cache: Cache) -> int:
         return 0  # its layer is its own, and a draft writes nothing

@@ -52,6 +52,9 @@ class DraftModel:
     def nbytes(self) -> int:
         return self.model.nbytes
 
+    def kv_bytes(self, tokens: int) -> int:
+        return self.model.kv_bytes(tokens)
+
     def reads(self, cache: Cache) -> int:
         return 0  # its buffers are its own
 

@@ -13,6 +13,7 @@ from mlx_lm.generate import GenerationResponse
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import maybe_set_recommended_wired_limit
 
+from mtp_mlx.admission import admit
 from mtp_mlx.choosing import Callables, Drafts, Rules
 from mtp_mlx.copying import Copies
 from mtp_mlx.depth import Depth, choose_depth
@@ -80,12 +81,13 @@ def stream_generate(
     the drafter's proposals where that pays; `prediction` is text that the output is expected to resemble, tried in the
     same way at every depth but 0.
 
-    Raises RequestError for an empty prompt, one that does not fit the model's context, or a bad option.
+    Raises RequestError for an empty prompt, one that does not fit the model's context or memory, or a bad option.
     """
     began = time.perf_counter()
     ids = encode(tokenizer, prompt)
     check_tokens(ids, pair.target.vocabulary)
-    budget = check_lengths(len(ids), max_tokens, pair.target.context)
+    allowed = check_lengths(len(ids), max_tokens, pair.target.context)
+    budget = admit(pair, len(ids), allowed, endless=max_tokens == -1)
     if prefill_step_size < 1:
         raise RequestError(f"prefill step size {prefill_step_size} must be at least 1")
     if seed is not None:

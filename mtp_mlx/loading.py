@@ -42,6 +42,7 @@ class Loaded:
     drafter: str | None
     drafter_reason: str  # why this drafter, or why none
     adapter: str | None = None  # the fine-tune that was put onto the target, and what it is
+    expected: bool = True  # the drafter was named, or is a part of the target; another choice is news to the user
 
 
 def _gemma4_target(checkpoint: Checkpoint, dtype: mx.Dtype | None) -> gemma4.Model:
@@ -242,7 +243,9 @@ def load_pair(
     network = _network_of(built)
     if network is not None:
         mx.eval(_module(network).parameters())
-    return Loaded(Pair(target, built, kv_bits=kv_bits), _tokenizer(checkpoint), model, chosen, reason, tuned)
+    return Loaded(
+        Pair(target, built, kv_bits=kv_bits), _tokenizer(checkpoint), model, chosen, reason, tuned, choice.own
+    )
 
 
 def _check_kv(target: Target, kv_bits: int | None) -> None:

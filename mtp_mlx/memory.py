@@ -165,6 +165,11 @@ def _logical(module: nn.Module, kind: str, array: mx.array) -> int:
     return array.size * 32 // module.bits if kind == "weight" else 0
 
 
+def free_bytes() -> int:
+    """What of that is not taken by MLX's arrays."""
+    return machine_bytes() - int(mx.get_active_memory())
+
+
 def machine_bytes() -> int:
     """The memory of this machine that MLX may use: on a Mac, what Metal recommends as the most."""
     info = mx.device_info()

@@ -16,6 +16,9 @@ class NoDrafter:
     reads_prompt: bool = False
     nbytes: int = 0
 
+    def kv_bytes(self, tokens: int) -> int:
+        return 0
+
     def reads(self, cache: Cache) -> int:
         return 0
 

@@ -165,6 +165,10 @@ class Target(Protocol):
         """
         ...
 
+    def kv_bytes(self, tokens: int, kv_bits: int | None = None) -> int:
+        """Bytes that such a cache holds for a text of so many tokens."""
+        ...
+
     def embed(self, tokens: mx.array) -> mx.array:
         """Token embeddings as the first layer receives them, (B, L) -> (B, L, D)."""
         ...
@@ -194,6 +198,10 @@ class Drafter(Protocol):
     @property
     def nbytes(self) -> int:
         """Bytes of the weights."""
+        ...
+
+    def kv_bytes(self, tokens: int) -> int:
+        """Bytes that its own layers add to the cache of a text of so many tokens."""
         ...
 
     def reads(self, cache: "Cache") -> int:

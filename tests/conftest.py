@@ -150,6 +150,9 @@ class DialledDrafter:
         wrong = np.random.default_rng(seed).random(len(padded)) >= hit_rate
         return cls(mx.array(padded, mx.int32), mx.array(wrong))
 
+    def kv_bytes(self, tokens: int) -> int:
+        return 0
+
     def reads(self, cache: Cache) -> int:
         return 0
 
@@ -217,6 +220,9 @@ class AlteredTarget:
     @property
     def nbytes(self) -> int:
         return self.target.nbytes
+
+    def kv_bytes(self, tokens: int, kv_bits: int | None = None) -> int:
+        return self.target.kv_bytes(tokens, kv_bits)
 
     def make_cache(self, kv_bits: int | None = None) -> Cache:
         return self.target.make_cache(kv_bits)

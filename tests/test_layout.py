@@ -16,6 +16,7 @@ ALLOWED = {
     "mtp_mlx.types": {"programs"},
     "mtp_mlx.cache": {"types"},
     "mtp_mlx.memory": {"cache"},
+    "mtp_mlx.admission": {"", "errors", "memory", "types"},
     "mtp_mlx.ngram": {"cache", "types"},
     "mtp_mlx.draft_model": {"cache", "types"},
     "mtp_mlx.copying": set(),
@@ -36,6 +37,7 @@ ALLOWED = {
     "mtp_mlx.rounds": {"", "cache", "choosing", "clock", "copying", "depth", "errors", "programs", "types"},
     "mtp_mlx.stats": {"depth", "rounds"},
     "mtp_mlx.generate": {
+        "admission",
         "choosing",
         "copying",
         "depth",

@@ -61,6 +61,9 @@ class Toy:
     nbytes: int = 0
     calls: list[int] = field(default_factory=list)
 
+    def kv_bytes(self, tokens: int, kv_bits: int | None = None) -> int:
+        return 0
+
     def make_cache(self, kv_bits: int | None = None) -> Cache:
         cache = Cache(list(self.layers))
         cache.reserve(self.slots)
@@ -85,6 +88,9 @@ class Reader:
     limit: int = 31
     reads_prompt: bool = True
     nbytes: int = 0
+
+    def kv_bytes(self, tokens: int) -> int:
+        return 0
 
     def reads(self, cache: Cache) -> int:
         return sum(array.nbytes for layer in cache.layers for array in layer.arrays())

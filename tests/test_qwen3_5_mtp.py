@@ -170,6 +170,9 @@ class Steered:
         self.head, self.right = head, 0
         self.truth = mx.array(truth + [0] * MAX_BLOCK)
 
+    def kv_bytes(self, tokens: int) -> int:
+        return 0
+
     def reads(self, cache: Cache) -> int:
         return 0
 

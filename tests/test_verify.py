@@ -410,7 +410,7 @@ class OtherKernels:
     def __init__(self, target: Target, noise: float, *, prompts: bool = True):
         self.target, self.noise, self.prompts = target, noise, prompts
         self.context, self.vocabulary, self.nbytes = target.context, target.vocabulary, target.nbytes
-        self.make_cache, self.embed = target.make_cache, target.embed
+        self.make_cache, self.embed, self.kv_bytes = target.make_cache, target.embed, target.kv_bytes
 
     def __call__(self, tokens: mx.array, cache: Cache, span: Span) -> Output:
         output = self.target(tokens, cache, span)

@@ -1,0 +1,50 @@
+"""Whether a text fits into memory, known before its prompt is read: nothing is begun that cannot be ended."""
+
+import logging
+
+from mtp_mlx import memory
+from mtp_mlx.errors import RequestError
+from mtp_mlx.types import Pair
+
+_log = logging.getLogger(__name__)
+
+STEP = 256  # tokens by which a text without a limit is shortened until it fits
+
+
+def admit(pair: Pair, prompt: int, budget: int, *, endless: bool) -> int:
+    """How many tokens may follow a prompt of so many tokens: `budget`, or fewer if it is all that the context holds
+    (`endless`) and memory does not.
+
+    Raises RequestError where keys and values would not fit beside what is in memory already.
+    """
+    free = memory.free_bytes()
+    if _needed(pair, prompt + budget) <= free:
+        return budget
+    if endless and _needed(pair, prompt + STEP) <= free:
+        most = budget // STEP * STEP
+        while _needed(pair, prompt + most) > free:
+            most -= STEP
+        _log.warning("memory holds %d tokens after this prompt; the text ends there at the latest", most)
+        return most
+    raise RequestError(_refusal(pair, prompt, budget, free))
+
+
+def _needed(pair: Pair, tokens: int, kv_bits: int | None = None) -> int:
+    return pair.target.kv_bytes(tokens, kv_bits or pair.kv_bits) + pair.drafter.kv_bytes(tokens)
+
+
+def _refusal(pair: Pair, prompt: int, budget: int, free: int) -> str:
+    needed, remedies = _needed(pair, prompt + budget), []
+    for bits in (8, 4):
+        if bits < (pair.kv_bits or 16) and _needed(pair, prompt + budget, bits) <= free:
+            remedies.append(f"--kv-bits {bits}")
+            break
+    remedies.append("fewer --max-tokens" if _needed(pair, prompt + 1) <= free else "a shorter prompt")
+    return (
+        f"this prompt of {prompt} tokens and {budget} more need {_size(needed)} of keys and values, "
+        f"{_size(free)} are free; use {' or '.join(remedies)}"
+    )
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
