@@ -186,5 +186,5 @@ def _rows(stats: Stats, last: Response) -> Iterator[tuple[str, str]]:
     )
 
 
-def size(count: int) -> str:
+def size(count: float) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

@@ -129,7 +129,7 @@ def command(
     text = _read_prompt(prompt, model)
     with Notes(verbose) as notes, Progress() as progress:
         loaded = Parts(model, drafter, dtype, drafter_bits, kv_bits, adapter).load()
-        if verbose or (drafter == "auto" and not loaded.expected):
+        if verbose or (drafter == "auto" and not loaded.expected and not as_json):  # which has it among the figures
             note(f"drafter: {loaded.drafter or 'none'} ({loaded.drafter_reason})")
         if loaded.adapter:
             note(f"adapter: {loaded.adapter}")

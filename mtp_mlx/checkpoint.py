@@ -88,16 +88,16 @@ class Checkpoint:
         longest = max((max(shape, default=1) for shape in shapes), default=0)
         limits = dict.fromkeys(_SIZES, max(longest, 2**20)) | {"num_hidden_layers": max(len(shapes), 2**10)}
         text = self.config.get("text_config")
-        said = dict(self.config) | (text if isinstance(text, dict) else {})
         # A ring of this length is allocated for every layer, and no tensor tells it.
         limits["sliding_window"] = _LONGEST_WINDOW
-        for name, most in limits.items():
-            value = said.get(name)
-            if isinstance(value, int) and value > most:
-                raise CheckpointError(
-                    f"{self.folder / 'config.json'} says {name} {value}, which is beyond the {len(shapes)} tensors of "
-                    f"{self.name}, none longer than {longest}, or all reason; download it again, or do not trust it"
-                )
+        for config in (self.config, text if isinstance(text, Mapping) else {}):
+            for name, most in limits.items():
+                value = config.get(name)
+                if isinstance(value, int) and value > most:
+                    raise CheckpointError(
+                        f"{self.folder / 'config.json'} says {name} {value}, which is beyond the {len(shapes)} tensors "
+                        f"of {self.name}, none longer than {longest}, or all reason; download it again, or leave it"
+                    )
 
     def tensors(self) -> dict[str, mx.array]:
         """Every tensor by name, read lazily."""
@@ -118,11 +118,23 @@ class Checkpoint:
         dtype: mx.Dtype | None = None,
         exact: tuple[str, ...] = (),
     ) -> None:
-        """Put the checkpoint's tensors into a model, quantising its modules as the checkpoint is.
+        """Put the checkpoint's tensors into a model, quantising its modules as the checkpoint is, and read them.
 
         `dtype` recasts the floating-point ones, but those whose names end in one of `exact`. Raises CheckpointError
         for missing, unknown or misshapen tensors, and for a dtype that this machine cannot compute with.
         """
+        self.lay(model, sanitize, dtype, exact)
+        self._check_experts(model)
+        mx.eval(model.parameters())
+
+    def lay(
+        self,
+        model: nn.Module,
+        sanitize: Callable[[Mapping[str, mx.array]], dict[str, mx.array]],
+        dtype: mx.Dtype | None = None,
+        exact: tuple[str, ...] = (),
+    ) -> None:
+        """As `fill`, but nothing is read yet: the model holds promises of the right shapes."""
         quantization, tensors = self.quantization(), self.tensors()
         if dtype is not None:
             # Before anything is computed from them, so that it is computed in that precision.
@@ -136,8 +148,6 @@ class Checkpoint:
         self._check_names(model, weights)
         model.load_weights(list(weights.items()))
         model.eval()
-        self._check_experts(model)
-        mx.eval(model.parameters())
 
     def quantization(self) -> Mapping[str, Any] | None:
         """The quantisation of an MLX checkpoint. Raises CheckpointError for another toolkit's format."""

@@ -2,7 +2,6 @@
 
 from typing import Literal
 
-import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
@@ -46,7 +45,7 @@ def is_quantised(network: nn.Module) -> bool:
 
 
 def quantise(network: nn.Module, bits: int) -> None:
-    """Quantise what can be; a matrix whose rows no group divides stays as it is."""
+    """Quantise what can be, lazily; a matrix whose rows no group divides stays as it is."""
 
     def settings(path: str, module: nn.Module) -> bool | dict[str, int]:
         if path.endswith(_EXACT) or not isinstance(module, nn.Linear | nn.Embedding | SwitchLinear):
@@ -55,4 +54,3 @@ def quantise(network: nn.Module, bits: int) -> None:
         return next(({"group_size": group, "bits": bits} for group in GROUPS if width % group == 0), False)
 
     nn.quantize(network, class_predicate=settings)
-    mx.eval(network.parameters())

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -62,11 +62,16 @@ def _gemma4_drafter(checkpoint: Checkpoint, dtype: mx.Dtype | None, target: Targ
             f"the drafter in {checkpoint.folder} was made for another target: it expects {'; '.join(found)}; "
             "use the assistant released for this target, or --drafter none"
         )
-    network = _built(lambda _: gemma4_assistant.Model(config), checkpoint)
-    checkpoint.fill(network, network.sanitize, dtype)
+    network = _assistant(checkpoint, dtype)
     if config.use_ordered_embeddings:
         _built(lambda _: gemma4_assistant.check_ordering(network.masked_embedding.token_ordering), checkpoint)
     return gemma4_assistant.Assistant(network, target)
+
+
+def _assistant(checkpoint: Checkpoint, dtype: mx.Dtype | None) -> gemma4_assistant.Model:
+    network = _built(lambda config: gemma4_assistant.Model(gemma4_assistant.Config.from_dict(config)), checkpoint)
+    checkpoint.fill(network, network.sanitize, dtype)
+    return network
 
 
 def _qwen_target(checkpoint: Checkpoint, dtype: mx.Dtype | None) -> qwen3_5.Model:
@@ -89,7 +94,14 @@ def _qwen_head(checkpoint: Checkpoint, dtype: mx.Dtype | None, target: Target) -
             f"the head in {checkpoint.name} was made for another target: it expects hidden size {norm.size}, the "
             f"target has {target.config.hidden_size}; use the head of this target's original, or --drafter none"
         )
+    # In the target's precision, whose embeddings and output head it works with.
+    network = _head(checkpoint, dtype or target.model.norm.weight.dtype)
+    return qwen3_5_mtp.Head(network, target)
+
+
+def _head(checkpoint: Checkpoint, dtype: mx.Dtype | None) -> qwen3_5_mtp.Network:
     network = _built(_head_network, checkpoint)
+    tensors = qwen3_5_mtp.own_tensors(checkpoint.tensors())
     stored = _head_convention(checkpoint)
     level, how = (
         (logging.WARNING if stored.overruled else logging.INFO),
@@ -98,10 +110,8 @@ def _qwen_head(checkpoint: Checkpoint, dtype: mx.Dtype | None, target: Target) -
     _log.log(level, "%s: norms stored %s (%s)", checkpoint.name, how, stored.reason)
     for name in qwen3_5_mtp.exceptions(tensors, stored.raw):
         _log.warning("%s: %s is stored the other way, as its values show", checkpoint.name, name)
-    # In the target's precision, whose embeddings and output head it works with.
-    precision = dtype or target.model.norm.weight.dtype
-    checkpoint.fill(network, partial(qwen3_5_mtp.sanitize, raw=stored.raw), precision)
-    return qwen3_5_mtp.Head(network, target)
+    checkpoint.fill(network, partial(qwen3_5_mtp.sanitize, raw=stored.raw), dtype)
+    return network
 
 
 def _head_network(config: Mapping[str, Any]) -> qwen3_5_mtp.Network:
@@ -114,7 +124,7 @@ def _head_convention(checkpoint: Checkpoint) -> qwen3_5_mtp.Convention:
     formats = {read_header(file).format for file in files}
     return qwen3_5_mtp.convention(
         checkpoint.tensors(),
-        declared=_declared_convention(files[0].parent),
+        declared=_declared_convention(files[0].parent if files else checkpoint.folder),
         split=checkpoint.model_type == "qwen3_5_mtp" and qwen3_5_mtp.is_bare(checkpoint.names()),
         metadata=formats.pop() if len(formats) == 1 else None,
     )
@@ -148,6 +158,12 @@ _DRAFTERS: dict[str, Callable[[Checkpoint, mx.Dtype | None, Target], Drafter]] =
     "gemma4_assistant": _gemma4_drafter,
     "gemma4_unified_assistant": _gemma4_drafter,
     "qwen3_5_mtp": _qwen_head,
+}
+# Drafters that can be looked at without their target.
+_ALONE: dict[str, Callable[[Checkpoint, mx.Dtype | None], memory.Network]] = {
+    "gemma4_assistant": _assistant,
+    "gemma4_unified_assistant": _assistant,
+    "qwen3_5_mtp": _head,
 }
 # Targets whose drafter comes as a part of them; so the folder of another such target can be named as the drafter.
 _HEADS = {name: _qwen_head for name, build in _TARGETS.items() if build is _qwen_target}
@@ -219,6 +235,9 @@ def load_pair(
     if failure is not None:
         chosen, reason = None, failure
     reason += _narrowed(built, target, drafter_bits)
+    network = _network_of(built)
+    if network is not None:
+        mx.eval(_module(network).parameters())
     return Loaded(
         Pair(target, built, kv_bits=kv_bits), _tokenizer(checkpoint), model, chosen, reason, tuned, choice.own
     )
@@ -264,19 +283,25 @@ def role(model_type: str) -> str | None:
 
 def _narrowed(drafter: Drafter, target: Target, bits: Bits) -> str:
     """Quantise a drafter if that was asked for or pays; what is to be said of it."""
-    if isinstance(drafter, gemma4_assistant.Assistant | qwen3_5_mtp.Head):
-        network: memory.Network = drafter.network
-    elif isinstance(drafter, DraftModel):
-        network, bits = _network(drafter.model), None if bits == "auto" else bits  # it has the form that was chosen
-    elif isinstance(bits, int):
-        raise RequestError(f"there is no drafter to hold in {bits} bits; name one with --drafter")
-    else:
+    network = _network_of(drafter)
+    if network is None:
+        if isinstance(bits, int):
+            raise RequestError(f"there is no drafter to hold in {bits} bits; name one with --drafter")
         return ""
+    if isinstance(drafter, DraftModel) and bits == "auto":
+        bits = None  # it has the form that was chosen
     chosen, reason = choose_bits(bits, _network(target), network)
     if chosen is None:
         return ""
     quantise(_module(network), chosen)
     return f"; {reason}"
+
+
+def _network_of(drafter: Drafter) -> memory.Network | None:
+    """The weights that a drafter has of its own."""
+    if isinstance(drafter, gemma4_assistant.Assistant | qwen3_5_mtp.Head):
+        return drafter.network
+    return _network(drafter.model) if isinstance(drafter, DraftModel) else None
 
 
 def _module(network: Target | memory.Network) -> nn.Module:
@@ -289,7 +314,44 @@ def _network(target: Target) -> memory.Network:
     return target
 
 
-def _drafter(choice: Choice, target: Checkpoint) -> tuple[str | None, str, Builder | None]:
+class Paired(NamedTuple):
+    """The drafter that would be loaded with a target."""
+
+    name: str | None
+    reason: str
+    network: memory.Network | None
+
+
+def sketch(checkpoint: Checkpoint) -> memory.Network:
+    """The network of a target, or of a drafter by itself, whichever a folder holds. Raises CheckpointError."""
+    _refuse_unknown(checkpoint)
+    if checkpoint.model_type in _ALONE:
+        return _ALONE[checkpoint.model_type](checkpoint, None)
+    build = _TARGETS.get(checkpoint.model_type)
+    if build is None:
+        raise CheckpointError(_unknown_target(checkpoint))
+    return _network(build(checkpoint, None))
+
+
+def is_target(checkpoint: Checkpoint) -> bool:
+    return checkpoint.model_type in _TARGETS
+
+
+def sketch_drafter(
+    choice: Choice, checkpoint: Checkpoint, target: memory.Network, locate: Callable[[str], Path]
+) -> Paired:
+    """The drafter that a choice comes to, made for the network of its target. Raises MTPError as loading does."""
+    name, reason, builder = _drafter(choice, checkpoint, locate)
+    whole = cast(Target, target)
+    drafter, failure = _build(builder, choice, None, whole)
+    if failure is not None:
+        return Paired(None, failure, None)
+    return Paired(name, reason + _narrowed(drafter, whole, "auto"), _network_of(drafter))
+
+
+def _drafter(
+    choice: Choice, target: Checkpoint, locate: Callable[[str], Path] = find
+) -> tuple[str | None, str, Builder | None]:
     """The first of the drafters that is there and drafts for such targets: its name, why, and how it is built.
 
     Raises MTPError only for one that the user has named or that is a part of the target.
@@ -297,11 +359,11 @@ def _drafter(choice: Choice, target: Checkpoint) -> tuple[str | None, str, Build
     failures: list[str] = []
     for name in choice.drafters:
         try:
-            return name, choice.reason, _drafter_builder(find(name), target)
+            return name, choice.reason, _drafter_builder(locate(name), target)
         except MTPError as error:
             if choice.own:
                 raise
-            failures.append(f"{name} cannot be used: {error}")
+            failures.append(str(error))
     return None, _without(choice, failures), None
 
 
@@ -331,7 +393,7 @@ def _drafter_builder(path: Path, target: Checkpoint) -> Builder:
         for file in sorted(path.glob("*" + TENSORS)):
             if holds_head(file):
                 return _drafter_builder(file, target)
-    checkpoint = Checkpoint.open(path)
+    checkpoint = target.open(path)
     _refuse_unknown(checkpoint)
     if _is_smaller_model(checkpoint, target):
         return partial(_draft_model, checkpoint, target)

@@ -72,8 +72,8 @@ class Registry:
         if organisation not in self.organisations:
             return None
         for family in self.families:
-            first, found, rest = repository.partition(family.name.lower())
-            if found and not first and all(form in self.forms for form in rest.removeprefix("-").split("-") if rest):
+            rest = repository.removeprefix(family.name.lower())
+            if rest != repository and set(rest.split("-")[1:]) <= self.forms and rest[:1] in ("", "-"):
                 return family
         return None
 
@@ -176,7 +176,9 @@ def _names(model: str, checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
     """Ids that a target goes by, and how each is known."""
     own = id_of(model)
     if own is not None:
-        yield own, f"{own} is a form of {{}}"
+        family = registry().family(own)
+        itself = family is not None and family.original.lower() == own.lower() and family.drafters(False)
+        yield own, "published for {}" if itself else f"{own} is a form of {{}}"
     for base in _bases(checkpoint.folder / "README.md"):
         yield base, f"its model card says it was made from {base}, a form of {{}}"
     entries = [("config.json", "_name_or_path", dict(checkpoint.config))]
@@ -194,8 +196,8 @@ def id_of(model: str) -> str | None:
 
     Programs keep models in folders `organisation/name`. None for a name that tells nothing.
     """
-    if is_hub_id(model) and not Path(model).exists():
-        return model
+    if is_hub_id(model):
+        return model  # a folder of that name as well
     path = Path(model).expanduser()
     for part in reversed(path.parts):
         cached = re.fullmatch(r"models--([^/]+?)--([^/]+)", part)
@@ -252,8 +254,7 @@ def _of(family: Family, name: str, checkpoint: Checkpoint, source: str) -> Choic
         return (bool(made_for) and drafter not in made_for, guessed, *rest)
 
     ranked = tuple(sorted(drafters, key=rank))
-    reason = source.format(family.original)
-    return Choice(ranked, f"{reason}, whose drafter this is" if ranked else reason)
+    return Choice(ranked, source.format(family.original))
 
 
 def _precision(checkpoint: Checkpoint) -> str:

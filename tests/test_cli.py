@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import FIXTURES, needs_compiler
+from loopback import Loopback
 
 VARIANT = str(FIXTURES / "gemma4_keqv")
 QWEN = str(FIXTURES / "qwen3_5_dense")
@@ -23,12 +24,14 @@ FIGURES = {
 }  # fmt: skip
 
 
-def run(*arguments: str, stdin: str | bytes = "", replay: bool = False) -> subprocess.CompletedProcess[str]:
+def run(
+    *arguments: str, stdin: str | bytes = "", replay: bool = False, variables: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     """The command; unless a test is about replayed rounds, no time is spent on compiling kernels."""
     given = stdin.encode() if isinstance(stdin, str) else stdin
     program = [str(Path(sys.executable).parent / "mtp-mlx"), *arguments]
-    variables = os.environ if replay else {**os.environ, "MLX_DISABLE_COMPILE": "1"}
-    done = subprocess.run(program, input=given, capture_output=True, timeout=120, check=False, env=variables)
+    ours = variables or (dict(os.environ) if replay else {**os.environ, "MLX_DISABLE_COMPILE": "1"})
+    done = subprocess.run(program, input=given, capture_output=True, timeout=120, check=False, env=ours)
     return subprocess.CompletedProcess(program, done.returncode, done.stdout.decode(), done.stderr.decode())
 
 
@@ -49,6 +52,7 @@ def test_text_goes_to_stdout_and_the_table_to_stderr() -> None:
     assert done.returncode == 0
     assert "\x1b" not in done.stdout and "tok/s" not in done.stdout
     for word in (
+        "drafter",
         "prompt",
         "generated",
         "first token",
@@ -225,6 +229,20 @@ def test_a_reader_that_goes_away_is_not_an_error_message() -> None:
     command = f"'{program}' generate --model '{VARIANT}' 'x' --max-tokens 200 --no-stats | head -c 1"
     done = subprocess.run(["/bin/sh", "-c", command], capture_output=True, timeout=120, check=False)
     assert b"Traceback" not in done.stderr and b"Error" not in done.stderr
+
+
+def test_a_drafter_that_was_found_or_missed_is_reported_with_the_reason(tmp_path: Path, hub: Loopback) -> None:
+    folder = Path(shutil.copytree(VARIANT, tmp_path / "tuned"))
+    shutil.rmtree(folder / "assistant")
+    (folder / "README.md").write_text("---\nbase_model: google/gemma-4-31B-it\n---\n")
+    options = ["x", "--model", str(folder), "-m", "3", "--no-stats"]
+    found = run("generate", *options, variables=hub.environment)
+    assert found.returncode == 0
+    assert "drafter: google/gemma-4-31B-it-assistant (its model card says it was made from" in found.stderr
+    hub.close()
+    missed = run("generate", *options, variables={**hub.environment, "HF_HOME": str(tmp_path / "empty")})
+    assert missed.returncode == 0 and missed.stdout == found.stdout
+    assert "drafter: none (" in missed.stderr and "prompt lookup" in missed.stderr
 
 
 def test_a_drafter_that_does_not_fit_is_reported_beside_the_text() -> None:

@@ -84,6 +84,10 @@ ALLOWED = {
     },
     "mtp_mlx.inventory": {"checkpoint", "errors", "hub", "loading", "pairs"},
     "mtp_mlx.cli.display": {"generate", "loading", "stats"},
+    "mtp_mlx.sketch": {"checkpoint", "errors", "memory", "models.base"},
+    "mtp_mlx.hollow": {"checkpoint", "errors", "hub", "models.base"},
+    "mtp_mlx.forecast": {"errors"},
+    "mtp_mlx.outline": {"", "errors", "forecast", "hollow", "hub", "loading", "memory", "pairs", "sketch"},
     "mtp_mlx.cli.options": {"cli.display", "drafter_bits", "errors", "loading"},
     "mtp_mlx.cli.generate": {
         "choosing",
@@ -96,6 +100,7 @@ ALLOWED = {
         "penalties",
         "sampling",
     },
+    "mtp_mlx.cli.inspect": {"cli.display", "cli.options", "errors", "forecast", "outline"},
     "mtp_mlx.cli.bench": {"bench", "cli.display", "cli.options", "errors", "hub"},
     "mtp_mlx.cli.verify": {"cli.display", "cli.options", "errors", "generate", "hub", "loading", "sampling", "verify"},
     "mtp_mlx.cli.pull": {"checkpoint", "cli.display", "errors", "hub", "loading", "pairs"},
@@ -161,6 +166,7 @@ def test_every_folder_and_every_data_file_is_in_the_package() -> None:
         assert (ROOT / "mtp_mlx" / name).is_symlink()
     patterns = setup["package-data"]["mtp_mlx"]
     listed = {path for pattern in patterns for path in (ROOT / "mtp_mlx").glob(pattern) if path.is_file()}
+    assert set((ROOT / "mtp_mlx").glob("*.toml")) <= listed
     for demo in ("demo", "demo_qwen"):
         data = {path for path in (ROOT / "mtp_mlx" / demo).rglob("*") if path.is_file()}
         assert data and data <= listed

@@ -131,7 +131,9 @@ def test_errors_are_one_line_and_an_exit_code(hub: Loopback, shell: Shell) -> No
     hub.repositories[f"{DENSE}-assistant"].gated = True
     code, out, err = shell("pull", DENSE)
     assert (code, out, err.count("\n")) == (1, "", 1)
-    assert f"{DENSE} is here, its drafter (released together with the target) is not: {DENSE}-assistant is gated" in err
+    assert (
+        f"{DENSE} is here, its drafter (published for google/gemma-4-31B-it) is not: {DENSE}-assistant is gated" in err
+    )
     hub.add("a/llama", None, {"config.json": b'{"model_type": "llama"}', "model.safetensors": b""})
     for command in (("pull", "a/llama"), ("generate", "x", "--model", "nobody/nothing"), ("pull", "")):
         code, out, err = shell(*command)
@@ -151,7 +153,7 @@ def test_models_lists_what_can_be_run(hub: Loopback, shell: Shell, monkeypatch: 
     code, out, _ = shell("models")
     lines = {line.split()[0]: line for line in out.splitlines()}
     assert code == 0
-    assert f"complete; drafter: {DENSE}-assistant (released together with the target)" in lines[DENSE]
+    assert f"complete; drafter: {DENSE}-assistant (published for google/gemma-4-31B-it)" in lines[DENSE]
     assert lines[f"{DENSE}-assistant"].split()[1] == "drafter"
     assert "the mtp head inside the checkpoint" in lines[QWEN]
     assert "lacks model-00003-of-00003.safetensors; mtp-mlx pull google/" in lines["google/gemma-4-26B-A4B-it"]
