@@ -134,9 +134,14 @@ DECLARATIONS: tuple[tuple[str, str, Mapping[str, bool]], ...] = (
 
 def own_tensors(weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
     """The head's tensors under the names they have below `mtp.`; empty if a file holds no head."""
-    if is_bare(weights):
-        return dict(weights)
-    return {_PREFIX.sub("", name): array for name, array in weights.items() if _PREFIX.match(name)}
+    return {below: weights[name] for name, below in own_names(weights).items()}
+
+
+def own_names(names: Collection[str]) -> dict[str, str]:
+    """The names of the head's tensors among those of a file, and what each is called below `mtp.`."""
+    if is_bare(names):
+        return {name: name for name in names}
+    return {name: _PREFIX.sub("", name) for name in names if _PREFIX.match(name)}
 
 
 def is_head(names: Collection[str]) -> bool:
@@ -219,10 +224,17 @@ def sanitize(weights: Mapping[str, mx.array], raw: bool) -> dict[str, mx.array]:
     tensors = own_tensors(weights)
     mixed = exceptions(tensors, raw)
     kept: dict[str, mx.array] = {}
+    for name, value in unfused(tensors).items():
+        shifted = _NORM.search(name) and raw != (name in mixed)
+        kept[name] = value + 1 if shifted else value
+    return kept
+
+
+def unfused(tensors: Mapping[str, mx.array]) -> dict[str, mx.array]:
+    """A head's own tensors with one stack of experts for each projection. Raises ValueError for a missing expert."""
+    kept: dict[str, mx.array] = {}
     for stored, array in base.stack_experts(tensors, "switch_mlp").items():
         # Some writers name stacks of experts like a dense layer's tensors.
         given = _DENSE.sub(".mlp.switch_mlp.", stored) if array.ndim == 3 else stored
-        for name, value in base.split_experts(given, array, "switch_mlp"):
-            shifted = _NORM.search(name) and raw != (name in mixed)
-            kept[name] = value + 1 if shifted else value
+        kept.update(base.split_experts(given, array, "switch_mlp"))
     return kept

@@ -1,5 +1,6 @@
 """From a name to files: a folder as it is, a demo, or a hub id, downloaded whole or read from afar in parts."""
 
+import json as json_format
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from huggingface_hub import HfApi, get_session, hf_hub_url, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
+from mtp_mlx.checkpoint import Header
 from mtp_mlx.errors import CheckpointError
 
 DEMO = "demo"
@@ -68,3 +70,14 @@ class Remote:
         response = get_session().get(url, headers=headers, follow_redirects=True)
         hf_raise_for_status(response)
         return bytes(response.content)
+
+    def json(self, file: str) -> dict[str, Any]:
+        """The object in a JSON file."""
+        content = json_format.loads(self.read(file, 0, self.files[file]))
+        assert isinstance(content, dict)
+        return content
+
+    def header(self, file: str) -> Header:
+        """The header of a weight file."""
+        length = self.read(file, 0, 8)
+        return Header.parse(length, self.read(file, 8, 8 + int.from_bytes(length, "little")))

@@ -20,6 +20,7 @@ import mlx.nn as nn
 import mlx_lm
 import numpy as np
 import pytest
+from loopback import hub as hub  # a fixture
 from mlx_lm.sample_utils import make_logits_processors
 
 from mtp_mlx.cache import MAX_BLOCK, Cache
