@@ -38,7 +38,7 @@ def command(
 ) -> None:
     """Convert a checkpoint to MLX and keep its drafter: the folder works here as a pair, and in mlx-lm as a model.
 
-    Interrupted, it keeps what it has downloaded and finished. Example: mtp-mlx convert Qwen/Qwen3.5-4B ./qwen-4bit
+    Interrupted, it keeps what it has downloaded and finished. Example: mtp-mlx convert org/original ./original-4bit
     """
     precision = Precision.choose(parse_bits(bits), group_size, mode, recipe, parse_dtype(dtype))
     with Notes(verbose=False), Console(stderr=True).status("") as status:

@@ -22,7 +22,7 @@ def command(
 ) -> None:
     """Get the mtp head that a converted model lost: only its bytes are read of the original, on the hub or on disk.
 
-    Interrupted, it continues where it ended. Example: mtp-mlx extract Qwen/Qwen3.5-27B -o ./Qwen3.5-27B-4bit
+    Interrupted, it continues where it ended. Example: mtp-mlx extract org/original -o ./original-4bit
     """
     how = parse_drafter_bits("--bits", bits, group_size)
     with Notes(verbose=False) as notes, Transfer("reading the head") as progress:
