@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from mtp_mlx.cli import bench, convert, extract, generate, verify
+from mtp_mlx.cli import bench, convert, doctor, extract, generate, verify
 from mtp_mlx.errors import MTPError
 
 app = typer.Typer(
@@ -24,6 +24,7 @@ app.command(name="bench")(bench.command)
 app.command(name="verify")(verify.command)
 app.command(name="extract")(extract.command)
 app.command(name="convert")(convert.command)
+app.command(name="doctor")(doctor.command)
 
 
 def _print_version(wanted: bool) -> None:

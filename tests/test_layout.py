@@ -65,6 +65,7 @@ ALLOWED = {
     "mtp_mlx.quantise": {"errors"},
     "mtp_mlx.extract": {"checkpoint", "errors", "hub", "loading", "quantise"},
     "mtp_mlx.convert": {"checkpoint", "errors", "extract", "hub", "loading", "quantise"},
+    "mtp_mlx.doctor": {"programs"},
     "mtp_mlx.cli.display": {"generate", "stats"},
     "mtp_mlx.cli.generate": {
         "choosing",
@@ -80,6 +81,7 @@ ALLOWED = {
     "mtp_mlx.cli.verify": {"cli.display", "cli.generate", "errors", "generate", "hub", "loading", "sampling", "verify"},
     "mtp_mlx.cli.extract": {"cli.display", "errors", "extract", "quantise"},
     "mtp_mlx.cli.convert": {"cli.display", "cli.generate", "convert", "errors"},
+    "mtp_mlx.cli.doctor": {"cli.display", "doctor"},
     "mtp_mlx.cli.main": {"cli", "errors"},
     "mtp_mlx": {"choosing", "errors", "generate", "loading", "penalties", "sampling", "stats", "types"},
     "mtp_mlx.models": set(),
