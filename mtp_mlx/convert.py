@@ -21,11 +21,11 @@ from mlx_lm.utils import _get_classes, load_model, quantize_model, save_config, 
 
 from mtp_mlx.checkpoint import INDEX, Checkpoint, read_header, read_json
 from mtp_mlx.errors import CheckpointError, RequestError
-from mtp_mlx.extract import check_fits, extract, open_head
+from mtp_mlx.extract import check_fits, extract, open_head, open_source
 from mtp_mlx.hub import TENSORS, find, first_line
 from mtp_mlx.loading import (
     ASSISTANT_FOLDER,
-    check_assistant,
+    check_drafter_folder,
     check_target,
     choose_drafter,
     for_mlx_lm,
@@ -200,12 +200,20 @@ def _check_drafter(task: _Task) -> None:
     """Before the target, which may take long."""
     if task.drafter is None:
         return
-    if has_own_head(task.original.config):
-        source, _ = open_head(task.drafter)
-        if "config.json" in source.files:
-            check_fits(source.json("config.json"), task.drafter, task.original)
-    else:
-        check_assistant(find(task.drafter), task.original)
+    if _is_folder_of_its_own(task, task.drafter):
+        check_drafter_folder(find(task.drafter), task.original)
+        return
+    source, _ = open_head(task.drafter)
+    if "config.json" in source.files:
+        check_fits(source.json("config.json"), task.drafter, task.original)
+
+
+def _is_folder_of_its_own(task: _Task, drafter: str) -> bool:
+    """Whether a drafter is a checkpoint by itself, with a config, and not a part of a target or a single file."""
+    if not has_own_head(task.original.config):
+        return True
+    source, file, _ = open_source(drafter)
+    return file is None and "config.json" in source.files and not has_own_head(source.json("config.json"))
 
 
 def _check_space(task: _Task, output: Path) -> None:
@@ -307,10 +315,10 @@ def _copy_rest(folder: Path, work: Path) -> None:
 
 
 def _write_drafter(task: _Task, drafter: str, work: Path) -> None:
-    if has_own_head(task.original.config):
-        extract(drafter, work, how=task.of_drafter, force=True)
-    else:
+    if _is_folder_of_its_own(task, drafter):
         _write_assistant(Checkpoint.open(find(drafter)), work / ASSISTANT_FOLDER, task.precision.dtype, task.of_drafter)
+    else:
+        extract(drafter, work, how=task.of_drafter, force=True)
 
 
 def _write_assistant(original: Checkpoint, folder: Path, dtype: mx.Dtype | None, how: Affine | None) -> None:
@@ -323,7 +331,8 @@ def _write_assistant(original: Checkpoint, folder: Path, dtype: mx.Dtype | None,
     if how is not None and not packed:
         tensors = quantised(tensors, how, str(original.folder))
         config |= {"quantization": how.entry(), "quantization_config": how.entry()}
-    mx.save_safetensors(str(folder / "model.safetensors"), tensors, {"format": "mlx"})
+    form = read_header(original.shards()[0]).format or "mlx"  # of a head it may tell how norms are stored
+    mx.save_safetensors(str(folder / "model.safetensors"), tensors, {"format": form})
     (folder / "config.json").write_text(json.dumps(config, indent=4))
 
 

@@ -349,11 +349,13 @@ def check_target(checkpoint: Checkpoint) -> None:
         raise CheckpointError(_unknown_target(checkpoint))
 
 
-def check_assistant(folder: Path, target: Checkpoint) -> None:
+def check_drafter_folder(folder: Path, target: Checkpoint) -> None:
     """Raises CheckpointError or PairError where a folder holds no drafter for a target, as their configs say."""
     _drafter_builder(folder, target)
-    config = _built(gemma4_assistant.Config.from_dict, Checkpoint.open(folder))
-    _refuse_mismatch(config, _built(gemma4.TextConfig.from_dict, target), folder)
+    checkpoint = Checkpoint.open(folder)
+    if _DRAFTERS.get(checkpoint.model_type) is _gemma4_drafter:
+        config = _built(gemma4_assistant.Config.from_dict, checkpoint)
+        _refuse_mismatch(config, _built(gemma4.TextConfig.from_dict, target), folder)
 
 
 def for_mlx_lm(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -26,7 +26,18 @@ from mlx_lm.convert import convert as convert_by_mlx_lm
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear
 from mlx_lm.utils import load_config
 from test_loading import edit_config
-from test_qwen3_5_mtp import DENSE, SPARSE, accepted, agreeable, drafts_as_torch, headless, load_quietly, save
+from test_qwen3_5_mtp import (
+    DENSE,
+    SPARSE,
+    accepted,
+    agreeable,
+    drafts_as_torch,
+    headless,
+    load_quietly,
+    parts,
+    save,
+    split_folder,
+)
 from typer.testing import CliRunner
 
 import mtp_mlx.convert as module
@@ -187,6 +198,19 @@ def test_a_head_from_elsewhere_is_taken(tmp_path: Path) -> None:
     assert done.drafter_reason == "named by the caller"
 
 
+@pytest.mark.parametrize("bits", ["none", "8"])
+def test_a_head_that_is_a_folder_of_its_own_stays_one(bits: str, tmp_path: Path) -> None:
+    target = headless(DENSE, tmp_path / "original")
+    drafter = split_folder(tmp_path / "head", DENSE, parts(DENSE)[1])
+    done = convert(str(target), tmp_path / "out", asked(bits="none"), drafter=str(drafter), drafter_bits=bits)
+    loaded = load_quietly(done.folder)
+    text, rights = agreeable(DENSE)
+    assert loaded.drafter == str(done.folder / "assistant") and done.drafter
+    if bits == "none":
+        drafts_as_torch(loaded, DENSE)
+    assert sum(accepted(loaded, text)) > 0.7 * sum(rights)
+
+
 def test_both_parts_come_from_the_hub(hub: Loopback, tmp_path: Path) -> None:
     done = convert("google/gemma-4-31B-it", tmp_path / "gemma", EXACT)
     found = load_pair(str(done.folder), "auto", mx.float32)
@@ -214,7 +238,7 @@ def test_an_assistant_that_is_quantised_already_is_taken_as_it_is(tmp_path: Path
         (GEMMA, "gemma4_ple/assistant", PairError, "made for another target"),
         (GEMMA, DENSE, PairError, "does not draft for"),
         (DENSE, SPARSE, CheckpointError, "num_experts 4, .* has None"),
-        (DENSE, GEMMA, CheckpointError, "no mtp head inside"),
+        (DENSE, GEMMA, PairError, "is not a drafter"),
     ],
 )
 def test_a_drafter_of_another_target_is_refused_before_anything_is_converted(
