@@ -33,7 +33,7 @@ def command(
     """
     _check(tokens, repeats, out)
     with Notes(verbose=False) as notes:
-        with loading(model):
+        with loading(model, drafter):
             loaded = load_pair(model, drafter)
         note(f"drafter: {loaded.drafter or 'none'} ({loaded.drafter_reason})")
         notes.show()

@@ -41,16 +41,17 @@ def command(
     Interrupted, it keeps what it has downloaded and finished. Example: mtp-mlx convert org/original ./original-4bit
     """
     precision = Precision.choose(parse_bits(bits), group_size, mode, recipe, parse_dtype(dtype))
-    with Notes(verbose=False), Console(stderr=True).status("") as status:
-        done = convert(
-            source,
-            output,
-            precision,
-            drafter=drafter,
-            drafter_bits=drafter_bits,
-            force=force,
-            say=lambda doing: status.update(escape(doing)),
-        )
+    status = Console(stderr=True).status("")
+
+    def say(doing: str) -> None:
+        status.update(escape(doing))
+        status.start()  # not earlier: a download has bars of its own
+
+    try:
+        with Notes(verbose=False):
+            done = convert(source, output, precision, drafter=drafter, drafter_bits=drafter_bits, force=force, say=say)
+    finally:
+        status.stop()
     _show(done)
 
 

@@ -16,6 +16,7 @@ from rich.style import Style
 from rich.table import Table
 
 from mtp_mlx.generate import Origin, Response
+from mtp_mlx.loading import fetch
 from mtp_mlx.stats import Stats
 
 LONG_PROMPT = 512  # tokens from which reading a prompt is worth a progress bar
@@ -69,8 +70,9 @@ class Notes(logging.Handler):
 
 
 @contextmanager
-def loading(model: str) -> Iterator[None]:
-    """Shows that a model is being loaded, on a terminal."""
+def loading(model: str, drafter: str | None = None) -> Iterator[None]:
+    """Shows that a model is being loaded, on a terminal. A download comes first: it has bars of its own."""
+    fetch(model, drafter)
     with _stderr.status(escape(f"loading {model}")):
         yield
 

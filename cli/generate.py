@@ -133,7 +133,7 @@ def command(
     predicted = None if prediction is None else _read_file(prediction)
     text = _read_prompt(prompt, model)
     with Notes(verbose) as notes, Progress() as progress:
-        with loading(model):
+        with loading(model, drafter):
             loaded = load_pair(model, drafter, parse_dtype(dtype))
         if verbose or (loaded.drafter is None and drafter == "auto"):
             note(f"drafter: {loaded.drafter or 'none'} ({loaded.drafter_reason})")

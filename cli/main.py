@@ -1,5 +1,6 @@
 """`mtp-mlx`: the commands, and the one place where an error becomes a line and an exit code."""
 
+import logging
 import sys
 import tempfile
 import traceback
@@ -9,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from mtp_mlx.cli import bench, convert, doctor, extract, generate, verify
+from mtp_mlx.cli import bench, convert, doctor, extract, generate, models, pull, verify
 from mtp_mlx.errors import MTPError
 
 app = typer.Typer(
@@ -25,6 +26,8 @@ app.command(name="verify")(verify.command)
 app.command(name="extract")(extract.command)
 app.command(name="convert")(convert.command)
 app.command(name="doctor")(doctor.command)
+app.command(name="pull")(pull.command)
+app.command(name="models")(models.command)
 
 
 def _print_version(wanted: bool) -> None:
@@ -47,6 +50,8 @@ def main() -> None:
     """Run a command. Exit codes: 0 done, 1 an error the user can act on, 2 wrong usage, 70 a fault of ours."""
     if sys.stdout is None:
         _fail("standard output is closed; there is nowhere to write the text", 1)
+    # It reports each attempt at a connection; what fails in the end is an error of ours.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         app()
     except MTPError as error:

@@ -66,7 +66,7 @@ def command(
     depths = tuple(parse_depth(given) for given in depth) if depth else Plan.depths
     texts = PROMPTS if prompts is None else read_prompts(prompts)
     with Notes(verbose=False) as notes:
-        with loading(model):
+        with loading(model, drafter):
             loaded = load_pair(model, drafter, parse_dtype(dtype))
         if loaded.drafter is None:
             raise RequestError(f"there is nothing to verify without a drafter ({loaded.drafter_reason})")

@@ -1,7 +1,10 @@
 """A checkpoint folder: its config, its tensors, its quantisation, each checked before anything is allocated."""
 
+import fnmatch
 import json
-from collections.abc import Callable, Mapping
+import math
+import re
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -66,26 +69,33 @@ class Checkpoint:
             _check_file(self.file)
             return [self.file]
         index = self.folder / INDEX
-        if index.is_file():
-            shards = _object(read_json(index).get("weight_map"), f"weight_map of {index}").values()
-            if not all(isinstance(name, str) and name.endswith(".safetensors") for name in shards):
-                raise CheckpointError(f"{index} names weight files that are not safetensors; only those are read")
-            names = sorted(set(shards))
-        elif (self.folder / "model.safetensors").is_file():
-            names = ["model.safetensors"]  # what else lies there, a head perhaps, is a file of its own
-        else:
-            names = sorted(path.name for path in self.folder.glob("model*.safetensors"))
-        if not names:
-            raise CheckpointError(f"{self.folder} has no model*.safetensors file; only safetensors are read")
+        content = read_json(index) if index.is_file() else None
+        names = shard_names(content, [path.name for path in self.folder.glob("*.safetensors")], str(self.folder))
         for name in names:
-            if Path(name).name != name:
-                raise CheckpointError(f"{index} names the shard {name!r}, which is outside the folder; refused")
             _check_file(self.folder / name)
         return [self.folder / name for name in names]
 
     def names(self) -> set[str]:
         """Every tensor's name, from the files' headers."""
         return {name for shard in self.shards() for name in read_header(shard).names}
+
+    def check_sizes(self) -> None:
+        """Refuse a config that calls for absurdly more than the files hold, before anything is built from it.
+
+        What is plausible goes on, to be compared tensor by tensor. Raises CheckpointError.
+        """
+        shapes = [entry.shape for shard in self.shards() for entry in read_header(shard).tensors.values()]
+        longest = max((max(shape, default=1) for shape in shapes), default=0)
+        limits = dict.fromkeys(_SIZES, max(longest, 2**20)) | {"num_hidden_layers": max(len(shapes), 2**10)}
+        text = self.config.get("text_config")
+        said = dict(self.config) | (text if isinstance(text, dict) else {})
+        for name, most in limits.items():
+            value = said.get(name)
+            if isinstance(value, int) and value > most:
+                raise CheckpointError(
+                    f"{self.folder / 'config.json'} says {name} {value}, which is beyond the {len(shapes)} tensors of "
+                    f"{self.name}, none longer than {longest}; download it again, or do not trust it"
+                )
 
     def tensors(self) -> dict[str, mx.array]:
         """Every tensor by name, read lazily."""
@@ -213,6 +223,43 @@ def _affine(width: int, packed: mx.array, scales: mx.array) -> dict[str, Any]:
 
 
 _WRAPPERS = ("", "language_model.", "mtp.", "language_model.mtp.")
+# Entries of a config that are, or divide, the length of some tensor, quantised or not.
+_SIZES = (
+    "hidden_size",
+    "backbone_hidden_size",
+    "intermediate_size",
+    "vocab_size",
+    "head_dim",
+    "num_attention_heads",
+    "num_key_value_heads",
+)
+
+
+def shard_names(index: Mapping[str, Any] | None, present: Collection[str], where: str) -> list[str]:
+    """The weight files of a checkpoint: those its index names; without one model.safetensors, or model*.safetensors.
+
+    `present` are the names beside the config. What else lies there, a head perhaps, is a file of its own. Raises
+    CheckpointError for an index that names anything but safetensors beside it, and where there is nothing to read.
+    """
+    if index is not None:
+        named = _object(index.get("weight_map"), f"weight_map of {where}/{INDEX}").values()
+        if not all(isinstance(name, str) and name.endswith(".safetensors") for name in named):
+            raise CheckpointError(f"{where}/{INDEX} names weight files that are not safetensors; only those are read")
+        names = sorted(set(named))
+        for name in names:
+            if not _PLAIN_NAME.fullmatch(name):
+                raise CheckpointError(f"{where}/{INDEX} names the shard {name!r}, which is outside the folder; refused")
+    elif "model.safetensors" in present:
+        names = ["model.safetensors"]
+    else:
+        names = sorted(fnmatch.filter(present, "model*.safetensors"))
+    if not names:
+        raise CheckpointError(f"{where} has no model*.safetensors file; only safetensors are read")
+    return names
+
+
+# No separators of any system, no drives, no control characters; the hub allows no stranger names either.
+_PLAIN_NAME = re.compile(r"[^/\\:\x00-\x1f]+")
 
 
 class TensorEntry(NamedTuple):
@@ -236,26 +283,77 @@ class Header:
         return frozenset(self.tensors)
 
     @classmethod
-    def parse(cls, length: bytes, text: bytes) -> "Header":
-        """From the first eight bytes of a file and the JSON after them. Raises ValueError for anything else."""
-        content = json.loads(text)
+    def parse(cls, length: bytes, text: bytes, size: int | None = None) -> "Header":
+        """From the first eight bytes of a file and the JSON after them; `size` is the whole file's, where it is known.
+
+        Raises ValueError where a name stands twice, a tensor's bytes are not as many as its shape means, or they
+        overlap or leave gaps, within the file and without.
+        """
         origin = 8 + int.from_bytes(length, "little")
-        format_ = (content.pop("__metadata__", None) or {}).get("format")
-        tensors = {
-            name: TensorEntry(
-                entry["dtype"], tuple(entry["shape"]), *(origin + offset for offset in entry["data_offsets"])
-            )
-            for name, entry in content.items()
-        }
-        return cls(tensors, format_)
+        if origin != 8 + len(text):
+            raise ValueError(f"a header of {len(text)} bytes, said to have {origin - 8}")
+        try:
+            content = json.loads(text, object_pairs_hook=_unique)
+        except RecursionError:
+            raise ValueError("a header nested too deeply") from None
+        if not isinstance(content, dict):
+            raise ValueError("a header that is no object")
+        metadata = content.pop("__metadata__", None) or {}
+        tensors = {name: _entry(name, entry, origin) for name, entry in content.items()}
+        end = origin
+        for name, entry in sorted(tensors.items(), key=lambda item: item[1][2:]):
+            if entry.begin != end:
+                raise ValueError(f"{name} begins at byte {entry.begin}, where {end} was expected")
+            end = entry.end
+        if size is not None and end != size:
+            raise ValueError(f"tensors up to byte {end} in a file of {size} bytes")
+        return cls(tensors, metadata.get("format") if isinstance(metadata, dict) else None)
+
+
+def header_length(start: bytes, size: int) -> int:
+    """How long the JSON after the first eight bytes of a file is. Raises ValueError for what cannot be."""
+    length = int.from_bytes(start, "little")
+    if len(start) < 8 or length > min(size - 8, _LONGEST_HEADER):
+        raise ValueError(f"a header of {length} bytes in a file of {size}")
+    return length
+
+
+def _entry(name: str, entry: Any, origin: int) -> TensorEntry:
+    """Raises ValueError where the number of bytes is not that of the shape."""
+    try:
+        dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        numbers = (*shape, begin, end)
+        if not all(type(number) is int and number >= 0 for number in numbers):
+            raise ValueError(f"{name} has sizes that are no sizes")
+        if math.prod(shape) * _BITS[dtype] != 8 * (end - begin):
+            raise ValueError(f"{name} has {end - begin} bytes for {dtype} of shape {shape}")
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{name} is described as {str(entry)[:80]}") from error
+    return TensorEntry(dtype, shape, origin + begin, origin + end)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name that stands twice")
+    return found
+
+
+_LONGEST_HEADER = 100_000_000  # the format's own limit
+_BITS = {"BOOL": 8, "C64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "BF16": 16, "F16": 16, "F32": 32, "F64": 64}
+_BITS |= {f"{kind}{bits}": bits for kind in "IU" for bits in (8, 16, 32, 64)}
+_BITS |= {f"F8_{kind}": 8 for kind in ("E4M3", "E5M2", "E8M0", "E4M3FNUZ", "E5M2FNUZ")}
 
 
 def read_header(path: Path) -> Header:
     """The header of one weight file. Raises CheckpointError for a file that is damaged or cannot be read."""
-    _check_file(path)  # safetensors has checked the header and the length of the file then
-    with path.open("rb") as file:
-        length = file.read(8)
-        return Header.parse(length, file.read(int.from_bytes(length, "little")))
+    _check_file(path)  # safetensors too has checked it then
+    try:
+        with path.open("rb") as file:
+            size, start = path.stat().st_size, file.read(8)
+            return Header.parse(start, file.read(header_length(start, size)), size)
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); download it again") from error
 
 
 def _check_file(path: Path) -> None:

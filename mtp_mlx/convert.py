@@ -26,10 +26,10 @@ from mtp_mlx.hub import TENSORS, find, first_line
 from mtp_mlx.loading import (
     ASSISTANT_FOLDER,
     check_drafter_folder,
-    check_target,
     choose_drafter,
     for_mlx_lm,
     has_own_head,
+    open_target,
     sidecar_name,
 )
 from mtp_mlx.quantise import BITS, DRAFTER_BITS, GROUP_SIZES, Affine, is_router, quantised
@@ -149,8 +149,7 @@ def convert(
     another target, RequestError for an output that is in the way.
     """
     _check_output(output, force)
-    say(f"looking for {source}")
-    original = Checkpoint.open(find(source))
+    original = open_target(find(source, open_target))
     _check_source(original, output)
     chosen, reason = choose_drafter(source, original, None if drafter == "none" else drafter)
     task = _Task(source, original, chosen, precision, precision.of_drafter(drafter_bits))
@@ -178,7 +177,7 @@ def _check_output(output: Path, force: bool) -> None:
 
 
 def _check_source(original: Checkpoint, output: Path) -> None:
-    check_target(original)
+    original.check_sizes()
     if output.resolve() in (original.folder.resolve(), *original.folder.resolve().parents):
         raise RequestError(f"{output} holds the original; give another OUTPUT")
     found = original.config.get("quantization") or original.config.get("quantization_config")

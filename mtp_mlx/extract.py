@@ -16,7 +16,7 @@ import mlx.core as mx
 
 from mtp_mlx.checkpoint import INDEX, Checkpoint, Header, TensorEntry, read_header, read_json
 from mtp_mlx.errors import CheckpointError, RequestError
-from mtp_mlx.hub import DEMOS, TENSORS, Remote, is_hub_id
+from mtp_mlx.hub import TENSORS, Remote, local
 from mtp_mlx.loading import has_own_head, head_names, refuse_headless, sidecar_name, stored_raw, unfused_head
 from mtp_mlx.quantise import Affine, quantised
 
@@ -195,15 +195,15 @@ def open_source(name: str) -> tuple[Source, str | None, str | None]:
 
     Raises CheckpointError for a name of nothing.
     """
-    path = DEMOS.get(name, Path(name).expanduser())
+    path = local(name)
+    if path is None:
+        remote = Remote.open(name)
+        return remote, None, f"{remote.repo}@{remote.commit}"
     if path.is_dir():
         return Folder(path), None, None
     if path.is_file() and path.name.endswith(TENSORS):
         return Folder(path.parent), path.name, None
-    if not is_hub_id(name):
-        raise CheckpointError(f"{name} is neither a folder, nor a weight file, nor a hub id; give one of them")
-    remote = Remote.open(name)
-    return remote, None, f"{remote.repo}@{remote.commit}"
+    raise CheckpointError(f"{name} is neither a folder, nor a weight file, nor a hub id; give one of them")
 
 
 def _headers_with_head(source: Source, name: str) -> dict[str, Header]:

@@ -15,7 +15,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_tokenizer
 
 from mtp_mlx.checkpoint import Checkpoint, TensorEntry, read_header, read_json
-from mtp_mlx.errors import CheckpointError, PairError, RequestError
+from mtp_mlx.errors import CheckpointError, MTPError, PairError, RequestError
 from mtp_mlx.hub import DEMO, DEMOS, TENSORS, find, first_line
 from mtp_mlx.models import base, gemma4, gemma4_assistant, qwen3_5, qwen3_5_mtp
 from mtp_mlx.ngram import NOBODY
@@ -40,6 +40,7 @@ class Loaded:
 
 
 def _gemma4_target(checkpoint: Checkpoint, dtype: mx.Dtype | None) -> gemma4.Model:
+    checkpoint.check_sizes()
     model = _built(lambda config: gemma4.Model(gemma4.TextConfig.from_dict(config)), checkpoint)
     checkpoint.fill(model, model.sanitize, dtype)
     return model
@@ -47,6 +48,7 @@ def _gemma4_target(checkpoint: Checkpoint, dtype: mx.Dtype | None) -> gemma4.Mod
 
 def _gemma4_drafter(checkpoint: Checkpoint, dtype: mx.Dtype | None, target: Target) -> Drafter:
     assert isinstance(target, gemma4.Model), "families are compared before anything is loaded"
+    checkpoint.check_sizes()
     config = _built(gemma4_assistant.Config.from_dict, checkpoint)
     _refuse_mismatch(config, target.config, checkpoint.folder)
     network = _built(lambda _: gemma4_assistant.Model(config), checkpoint)
@@ -66,6 +68,7 @@ def _refuse_mismatch(assistant: gemma4_assistant.Config, target: gemma4.TextConf
 
 
 def _qwen_target(checkpoint: Checkpoint, dtype: mx.Dtype | None) -> qwen3_5.Model:
+    checkpoint.check_sizes()
     model = _built(lambda config: qwen3_5.Model(qwen3_5.TextConfig.from_dict(config)), checkpoint)
     checkpoint.fill(model, model.sanitize, dtype, exact=("A_log",))
     return model
@@ -195,18 +198,42 @@ def load_pair(model: str = DEMO, drafter: str | None = "auto", dtype: mx.Dtype |
     """As `load`, with the names of both parts and the reason for the choice of drafter."""
     if dtype is not None and not mx.issubdtype(dtype, mx.floating):
         raise RequestError(f"weights cannot be {dtype}; give a floating-point type such as mx.float32")
-    folder = find(model)
-    checkpoint = Checkpoint.open(folder)
-    _refuse_unknown(checkpoint)
-    build = _TARGETS.get(checkpoint.model_type)
-    if build is None:
-        raise CheckpointError(_unknown_target(checkpoint))
+    checkpoint = open_target(find(model, open_target))
+    build = _TARGETS[checkpoint.model_type]
     chosen, reason = choose_drafter(model, checkpoint, drafter)
     # Before the target, which may take minutes: a mistyped drafter should be known at once.
     build_drafter = None if chosen is None else _drafter_builder(find(chosen), checkpoint)
     target = build(checkpoint, dtype)
     built: Drafter = NOBODY if build_drafter is None else build_drafter(dtype, target)
     return Loaded(Pair(target, built), _tokenizer(checkpoint), model, chosen, reason)
+
+
+def fetch(model: str, drafter: str | None = "auto") -> None:
+    """Bring the files of both parts here, so that loading them reads the disk only.
+
+    Raises MTPError for a part that the user has named; what becomes of another drafter is for the loading to say.
+    """
+    chosen, _ = choose_drafter(model, open_target(find(model, open_target)), drafter)
+    try:
+        if chosen is not None:
+            find(chosen)
+    except MTPError:
+        if drafter != "auto":
+            raise
+
+
+def open_target(folder: Path) -> Checkpoint:
+    """The checkpoint in a folder. Raises CheckpointError unless it is a target, by what its config says."""
+    checkpoint = Checkpoint.open(folder)
+    _refuse_unknown(checkpoint)
+    if checkpoint.model_type not in _TARGETS:
+        raise CheckpointError(_unknown_target(checkpoint))
+    return checkpoint
+
+
+def role(model_type: str) -> str | None:
+    """What a checkpoint of this model_type is for us: 'target', 'drafter', or None for nothing we can run."""
+    return "target" if model_type in _TARGETS else "drafter" if model_type in _DRAFTERS else None
 
 
 def choose_drafter(model: str, checkpoint: Checkpoint, drafter: str | None) -> tuple[str | None, str]:
@@ -342,13 +369,6 @@ def refuse_headless(config: Mapping[str, Any], name: str) -> None:
     raise CheckpointError(f"{name} has model_type {kind!r}, which has no mtp head inside; {advice}")
 
 
-def check_target(checkpoint: Checkpoint) -> None:
-    """Raises CheckpointError for a checkpoint that is no target of a kind we have."""
-    _refuse_unknown(checkpoint)
-    if checkpoint.model_type not in _TARGETS:
-        raise CheckpointError(_unknown_target(checkpoint))
-
-
 def check_drafter_folder(folder: Path, target: Checkpoint) -> None:
     """Raises CheckpointError or PairError where a folder holds no drafter for a target, as their configs say."""
     _drafter_builder(folder, target)
@@ -373,11 +393,12 @@ def for_mlx_lm(checkpoint: Checkpoint) -> dict[str, Any]:
 def _tokenizer(checkpoint: Checkpoint) -> TokenizerWrapper:
     if not (checkpoint.folder / "tokenizer.json").is_file():
         raise CheckpointError(f"{checkpoint.folder} has no tokenizer.json; download the whole checkpoint")
-    # The limit is ours to check, against the model's context; transformers would only warn, on stderr.
-    limits = {"model_max_length": 2**40}
+    # The limit is ours to check, against the model's context; transformers would only warn, on stderr. And without
+    # a no it would ask on a terminal whether to run a tokenizer's own code.
+    options = {"model_max_length": 2**40, "trust_remote_code": False}
     eos = checkpoint.eos_token_ids()
     try:
-        tokenizer: TokenizerWrapper = load_tokenizer(checkpoint.folder, limits, eos_token_ids=eos)
+        tokenizer: TokenizerWrapper = load_tokenizer(checkpoint.folder, options, eos_token_ids=eos)
     except Exception as error:  # tokenizers raises bare Exceptions, transformers nearly anything
         raise CheckpointError(f"the tokenizer in {checkpoint.folder} cannot be read: {first_line(error)}") from error
     return tokenizer

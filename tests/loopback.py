@@ -103,6 +103,7 @@ class Loopback:
     home: Path  # HF_HOME of those who ask
     repositories: dict[str, Repository] = field(default_factory=dict)
     log: list[Request] = field(default_factory=list)
+    waiting: list[tuple[str, str]] = field(default_factory=list)  # requests that were let wait, as they came
     faults: dict[tuple[str, str], list[Fault]] = field(default_factory=dict)  # by repository and file
 
     def __post_init__(self) -> None:
@@ -260,7 +261,9 @@ class _Handler(BaseHTTPRequestHandler):
         """Bytes, or the range of them that was asked for; or what shall go wrong."""
         planned = self.server.hub.faults.get((self.repo, self.file))
         fault = planned.pop() if planned and self.command == "GET" else Fault()
-        time.sleep(fault.wait)
+        if fault.wait:
+            self.server.hub.waiting.append((self.repo, self.file))
+            time.sleep(fault.wait)
         if fault.status:
             self._refuse(fault.status, "as the test wants it")
             return

@@ -53,7 +53,7 @@ from mtp_mlx.sampling import Greedy
 
 EXACT = Precision.choose("none", None, "affine", None, mx.float32)
 GEMMA = "gemma4_keqv"
-TEXT = varied_tokens(45)
+TEXT = varied_tokens(34)
 
 
 def asked(**given: Any) -> Precision:
@@ -65,7 +65,7 @@ def asked(**given: Any) -> Precision:
 def rows_of(loaded: Loaded, k: int) -> mx.array:
     """Log-probabilities along a varied text, k tokens drafted in each round."""
     drafter = loaded.pair.drafter if k else NOBODY
-    return run_rounds(loaded.pair.target, drafter, Forced(mx.array(TEXT + [0] * 8)), TEXT[:9], 35, k)[1]
+    return run_rounds(loaded.pair.target, drafter, Forced(mx.array(TEXT + [0] * 8)), TEXT[:9], 24, k)[1]
 
 
 @cache
@@ -121,7 +121,7 @@ def test_a_quantised_conversion_drafts_losslessly_and_is_what_mlx_lm_loads(
     assert gap(rows, as_mlx_lm_sees_it(done.folder)) < 1e-3
     assert gap(rows_of(loaded, 3), rows) < 2e-4
     prompt = varied_tokens(30, seed=3)
-    assert run_rounds(target, drafter, Greedy(), prompt, 16, 3)[0] == plain(target, prompt, 16)
+    assert run_rounds(target, drafter, Greedy(), prompt, 12, 3)[0] == plain(target, prompt, 12)
     files = [done.folder / "model-mtp.safetensors", done.folder / "mtp.safetensors"]
     files += [done.folder / "assistant" / "model.safetensors"]
     (file,) = [file for file in files if file.is_file()]
@@ -149,7 +149,7 @@ def test_experts_are_quantised_and_what_chooses_them_keeps_eight_bits(variant: s
     assert routers and all(router.bits == 8 for router in routers)
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [2, 8])
 def test_more_bits_weigh_more(bits: int, tmp_path: Path) -> None:
     done = convert(str(FIXTURES / DENSE), tmp_path / "out", asked(bits=bits, group_size=64), drafter="none")
     assert bits + 0.5 <= done.bits_per_weight < bits + 5  # the convolutions of a tiny model are not small

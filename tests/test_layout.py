@@ -66,7 +66,8 @@ ALLOWED = {
     "mtp_mlx.extract": {"checkpoint", "errors", "hub", "loading", "quantise"},
     "mtp_mlx.convert": {"checkpoint", "errors", "extract", "hub", "loading", "quantise"},
     "mtp_mlx.doctor": {"programs"},
-    "mtp_mlx.cli.display": {"generate", "stats"},
+    "mtp_mlx.inventory": {"checkpoint", "errors", "hub", "loading"},
+    "mtp_mlx.cli.display": {"generate", "loading", "stats"},
     "mtp_mlx.cli.generate": {
         "choosing",
         "cli.display",
@@ -82,6 +83,8 @@ ALLOWED = {
     "mtp_mlx.cli.extract": {"cli.display", "errors", "extract", "quantise"},
     "mtp_mlx.cli.convert": {"cli.display", "cli.generate", "convert", "errors"},
     "mtp_mlx.cli.doctor": {"cli.display", "doctor"},
+    "mtp_mlx.cli.pull": {"checkpoint", "cli.display", "errors", "hub", "loading"},
+    "mtp_mlx.cli.models": {"cli.display", "hub", "inventory"},
     "mtp_mlx.cli.main": {"cli", "errors"},
     "mtp_mlx": {"choosing", "errors", "generate", "loading", "penalties", "sampling", "stats", "types"},
     "mtp_mlx.models": set(),
