@@ -101,7 +101,7 @@ QUANTISED: list[tuple[str, dict[str, Any], str]] = [
     ("qwen3_5_moe_sharded", {"recipe": "mixed_3_6", "group_size": 32}, "4"),
     ("qwen3_5_tied", {"recipe": "mixed_4_6", "group_size": 32}, "none"),
     ("qwen3_next", {"bits": 4, "group_size": 32}, "8"),
-    (DENSE, {"mode": "nvfp4"}, "auto"),
+    (SPARSE, {"mode": "nvfp4"}, "auto"),
     ("gemma4_ple", {"bits": 8, "group_size": 32}, "auto"),
     ("gemma4_moe", {"recipe": "mixed_3_4", "group_size": 32}, "auto"),
     ("gemma4_unified", {"mode": "mxfp4"}, "8"),
@@ -196,6 +196,17 @@ def test_a_head_from_elsewhere_is_taken(tmp_path: Path) -> None:
     done = convert(str(target), tmp_path / "out", EXACT, drafter=str(FIXTURES / DENSE))
     drafts_as_torch(load_quietly(done.folder), DENSE)
     assert done.drafter_reason == "named by the caller"
+
+
+def test_of_an_original_on_the_hub_that_is_only_the_drafter_no_more_than_the_head_is_read(
+    hub: Loopback, tmp_path: Path
+) -> None:
+    target = headless(DENSE, tmp_path / "original")
+    done = convert(str(target), tmp_path / "out", EXACT, drafter="Qwen/Qwen3.6-27B")
+    drafts_as_torch(load_quietly(done.folder), DENSE)
+    assert not (hub.home / "hub").exists() and done.drafter is not None
+    starts = 2**16 * sum("bytes=0-" in given for given in hub.ranges("Qwen/Qwen3.6-27B", "model.safetensors"))
+    assert hub.sent(file="model.safetensors") <= done.drafter + starts
 
 
 @pytest.mark.parametrize("bits", ["none", "8"])
