@@ -12,6 +12,7 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
@@ -148,11 +149,12 @@ def convert(
     Raises CheckpointError for a source that cannot be converted and a disk that is full, PairError for a drafter of
     another target, RequestError for an output that is in the way.
     """
+    of_drafter = precision.of_drafter(drafter_bits)
     _check_output(output, force)
     original = open_target(find(source, open_target))
     _check_source(original, output)
     chosen, reason = choose_drafter(source, original, None if drafter == "none" else drafter)
-    task = _Task(source, original, chosen, precision, precision.of_drafter(drafter_bits))
+    task = _Task(source, original, chosen, precision, of_drafter)
     _check_drafter(task)
     _check_space(task, output)
     work = output.with_name(output.name + ".partial")
@@ -231,16 +233,12 @@ def _weights(checkpoint: Checkpoint) -> int:
 
 def _write(task: _Task, work: Path, say: Say) -> None:
     """All parts, leaving out what an interrupted attempt at the same has finished."""
-    notes = work / _NOTES
-    finished = task.key | {"target": True}
-    begun = read_json(notes) if notes.is_file() else None
-    if begun == finished:
+    notes, finished = work / _NOTES, task.key | {"target": True}
+    if notes.is_file() and read_json(notes) == finished:
         _log.warning("%s holds the converted target from an earlier attempt; going on from there", work)
     else:
-        if work.exists():
-            _log.warning("%s is left from another attempt; starting anew", work)
-            shutil.rmtree(work)
-        work.mkdir(parents=True)
+        _clear(work)
+        notes.write_text(json.dumps(task.key | {"target": False}))
         say("converting the target")
         _write_target(task, work)
         _copy_rest(task.original.folder, work)
@@ -248,6 +246,16 @@ def _write(task: _Task, work: Path, say: Say) -> None:
     if task.drafter is not None:
         say("converting the drafter")
         _write_drafter(task, task.drafter, work)
+
+
+def _clear(work: Path) -> None:
+    """An empty folder to work in. Raises RequestError for one that is there and no earlier attempt of ours."""
+    if work.exists():
+        if not (work / _NOTES).is_file():
+            raise RequestError(f"{work} is there already, where the conversion is to be written; move it away")
+        _log.warning("%s is left from another attempt; starting anew", work)
+        shutil.rmtree(work)
+    work.mkdir(parents=True)
 
 
 def _write_target(task: _Task, work: Path) -> None:
@@ -339,9 +347,8 @@ def _put_in_place(work: Path, output: Path) -> None:
     if not output.exists():
         work.rename(output)
         return
-    old = output.with_name(output.name + ".replaced")
-    shutil.rmtree(old, ignore_errors=True)
-    output.rename(old)
+    old = Path(mkdtemp(prefix=output.name + ".replaced-", dir=output.parent))
+    output.rename(old / output.name)
     work.rename(output)
     shutil.rmtree(old)
 

@@ -359,6 +359,21 @@ def test_an_output_in_the_way_is_refused_and_only_a_model_is_replaced(tmp_path: 
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_a_folder_of_the_users_own_is_not_worked_in(tmp_path: Path) -> None:
+    mine = tmp_path / "out.partial"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("mine")
+    with pytest.raises(RequestError, match=r"out\.partial is there already, .* move it away"):
+        convert(str(FIXTURES / DENSE), tmp_path / "out", EXACT)
+    assert (mine / "thesis.txt").read_text() == "mine"
+
+
+def test_bits_that_do_not_pay_are_refused_before_anything_is_downloaded(hub: Loopback, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="--drafter-bits 2"):
+        convert("google/gemma-4-31B-it", tmp_path / "out", EXACT, drafter_bits="2")
+    assert not hub.log
+
+
 def test_the_original_is_never_replaced(tmp_path: Path) -> None:
     source = Path(shutil.copytree(FIXTURES / GEMMA, tmp_path / "pair"))
     with pytest.raises(RequestError, match="holds the original"):
