@@ -114,6 +114,38 @@ class Progress:
             self._stop()
 
 
+class Transfer:
+    """A bar while bytes are read or written, on a terminal; it appears with the first of them."""
+
+    def __init__(self, doing: str) -> None:
+        self._bar = bars.Progress(
+            bars.TextColumn(escape(doing)),
+            bars.BarColumn(),
+            bars.DownloadColumn(),
+            bars.TimeRemainingColumn(),
+            console=_stderr,
+            transient=True,
+        )
+        self._task: bars.TaskID | None = None
+
+    def __enter__(self) -> "Transfer":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._task is not None:
+            self._bar.stop()
+
+    def __call__(self, done: int, total: int) -> None:
+        if not _stderr.is_terminal:
+            return
+        if self._task is None:
+            self._task = self._bar.add_task("", total=total)
+            self._bar.start()
+        self._bar.update(self._task, completed=done)
+
+
 class Writer:
     """Streams text to stdout; in colour only where a terminal shows it."""
 
@@ -187,4 +219,5 @@ def _rows(stats: Stats, last: Response) -> Iterator[tuple[str, str]]:
 
 
 def size(count: float) -> str:
+    """Bytes as people read them."""
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from mtp_mlx.cli import bench, generate, inspect, models, pull, verify
+from mtp_mlx.cli import bench, convert, doctor, extract, generate, inspect, models, pull, verify
 from mtp_mlx.errors import MTPError
 
 app = typer.Typer(
@@ -24,6 +24,9 @@ app.command(name="generate")(generate.command)
 app.command(name="inspect")(inspect.command)
 app.command(name="bench")(bench.command)
 app.command(name="verify")(verify.command)
+app.command(name="extract")(extract.command)
+app.command(name="convert")(convert.command)
+app.command(name="doctor")(doctor.command)
 app.command(name="pull")(pull.command)
 app.command(name="models")(models.command)
 

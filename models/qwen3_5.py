@@ -7,7 +7,7 @@ qwen3_5, so that weights can be handed over. Qwen3-Next differs in how its file 
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -466,7 +466,14 @@ class Model(nn.Module):
         return kept
 
 
-def is_raw(weights: Mapping[str, mx.array]) -> bool | None:
+class Shaped(Protocol):
+    """An array, or what a header says of one."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+def is_raw(weights: Mapping[str, Shaped]) -> bool | None:
     """Whether a target's tensors are laid out as released, None without any that tell.
 
     Released files hold the convolution as (C, 1, kernel) and norms as the difference from 1; MLX's hold it as

@@ -6,7 +6,7 @@ The slot of a pair is the position of its hidden.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -151,9 +151,14 @@ is_head, is_bare, WIDTH = base.is_head, base.is_bare, base.HEAD_WIDTH
 
 def own_tensors(weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
     """The head's tensors under the names they have below `mtp.`; empty if a file holds no head."""
-    if is_bare(weights):
-        return dict(weights)
-    return {base.HEAD_PREFIX.sub("", name): array for name, array in weights.items() if base.HEAD_PREFIX.match(name)}
+    return {below: weights[name] for name, below in own_names(weights).items()}
+
+
+def own_names(names: Collection[str]) -> dict[str, str]:
+    """The names of the head's tensors among those of a file, and what each is called below `mtp.`."""
+    if is_bare(names):
+        return {name: name for name in names}
+    return {name: base.HEAD_PREFIX.sub("", name) for name in names if base.HEAD_PREFIX.match(name)}
 
 
 def convention(
@@ -222,10 +227,17 @@ def sanitize(weights: Mapping[str, mx.array], raw: bool) -> dict[str, mx.array]:
     tensors = own_tensors(weights)
     mixed = exceptions(tensors, raw)
     kept: dict[str, mx.array] = {}
+    for name, value in unfused(tensors).items():
+        shifted = _NORM.search(name) and raw != (name in mixed)
+        kept[name] = value + 1 if shifted else value
+    return kept
+
+
+def unfused(tensors: Mapping[str, mx.array]) -> dict[str, mx.array]:
+    """A head's own tensors with one stack of experts for each projection. Raises ValueError for a missing expert."""
+    kept: dict[str, mx.array] = {}
     for stored, array in base.stack_experts(tensors, "switch_mlp").items():
         # Some writers name stacks of experts like a dense layer's tensors.
         given = _DENSE.sub(".mlp.switch_mlp.", stored) if array.ndim == 3 else stored
-        for name, value in base.split_experts(given, array, "switch_mlp"):
-            shifted = _NORM.search(name) and raw != (name in mixed)
-            kept[name] = value + 1 if shifted else value
+        kept.update(base.split_experts(given, array, "switch_mlp"))
     return kept

@@ -4,7 +4,7 @@ The only module that knows architectures by name. A new one is a file in models/
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_tokenizer
 
 from mtp_mlx import adapters, memory
-from mtp_mlx.checkpoint import Checkpoint, read_header, read_json
+from mtp_mlx.checkpoint import Checkpoint, TensorEntry, read_header, read_json
 from mtp_mlx.draft_model import DraftModel
 from mtp_mlx.drafter_bits import Bits, choose_bits, quantise
 from mtp_mlx.errors import CheckpointError, MTPError, PairError, RequestError
@@ -56,12 +56,7 @@ def _gemma4_drafter(checkpoint: Checkpoint, dtype: mx.Dtype | None, target: Targ
     assert isinstance(target, gemma4.Model), "families are compared before anything is loaded"
     checkpoint.check_sizes()
     config = _built(gemma4_assistant.Config.from_dict, checkpoint)
-    found = gemma4_assistant.mismatches(config, target.config)
-    if found:
-        raise PairError(
-            f"the drafter in {checkpoint.folder} was made for another target: it expects {'; '.join(found)}; "
-            "use the assistant released for this target, or --drafter none"
-        )
+    _refuse_mismatch(config, target.config, checkpoint.folder)
     network = _assistant(checkpoint, dtype)
     if config.use_ordered_embeddings:
         _built(lambda _: gemma4_assistant.check_ordering(network.masked_embedding.token_ordering), checkpoint)
@@ -72,6 +67,15 @@ def _assistant(checkpoint: Checkpoint, dtype: mx.Dtype | None) -> gemma4_assista
     network = _built(lambda config: gemma4_assistant.Model(gemma4_assistant.Config.from_dict(config)), checkpoint)
     checkpoint.fill(network, network.sanitize, dtype)
     return network
+
+
+def _refuse_mismatch(assistant: gemma4_assistant.Config, target: gemma4.TextConfig, folder: Path) -> None:
+    found = gemma4_assistant.mismatches(assistant, target)
+    if found:
+        raise PairError(
+            f"the drafter in {folder} was made for another target: it expects {'; '.join(found)}; "
+            "use the assistant released for this target, or --drafter none"
+        )
 
 
 def _qwen_target(checkpoint: Checkpoint, dtype: mx.Dtype | None) -> qwen3_5.Model:
@@ -256,14 +260,29 @@ def fetch(model: str, drafter: str | None = "auto") -> None:
     Raises MTPError for a part that the user has named; what becomes of another drafter is for the loading to say.
     """
     choice = choose(model, open_target(find(model, open_target)), drafter)
+    try:
+        first_found(choice)
+    except MTPError:
+        if choice.own:
+            raise
+
+
+def first_found(choice: Choice) -> str | None:
+    """The first of the drafters whose files are here or can be brought here; None where there is none to find.
+
+    Raises CheckpointError where none of them can.
+    """
+    failures: list[str] = []
     for name in choice.drafters:
         try:
             find(name)
-        except MTPError:
-            if choice.own:
-                raise
+        except MTPError as error:
+            failures.append(str(error))
         else:
-            return
+            return name
+    if failures:
+        raise CheckpointError("; ".join(failures))
+    return None
 
 
 def open_target(folder: Path) -> Checkpoint:
@@ -478,6 +497,74 @@ def _built(build: Callable[[Mapping[str, Any]], Built], checkpoint: Checkpoint) 
         raise CheckpointError(f"{checkpoint.folder / 'config.json'} lacks the entry {error}") from error
     except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise CheckpointError(f"{checkpoint.folder} cannot be used: {error}") from error
+
+
+# --------------------------------------------------------------------------- what converters have to know
+
+
+def head_names(names: Collection[str]) -> dict[str, str]:
+    """Which of a file's tensors are an mtp head's, and what each is called below `mtp.`; empty if there is no head."""
+    return qwen3_5_mtp.own_names(names)
+
+
+def unfused_head(tensors: Mapping[str, mx.array]) -> dict[str, mx.array]:
+    """A head's tensors with one stack of experts for each projection. Raises ValueError for a missing expert."""
+    return qwen3_5_mtp.unfused(tensors)
+
+
+def stored_raw(tensors: Mapping[str, TensorEntry]) -> bool | None:
+    """Whether the tensors of a file are laid out as released; None where none of them tells."""
+    return qwen3_5.is_raw(tensors)
+
+
+def sidecar_name(config: Mapping[str, Any]) -> str:
+    """What a head's file is to be called beside a converted target, so that mlx-lm still loads that.
+
+    mlx-lm reads model*.safetensors and leaves out what is named mtp.*, which keeps the head in copies and uploads of
+    the folder; but of a converted Qwen3-Next it leaves out nothing.
+    """
+    return "mtp" + TENSORS if config.get("model_type") == "qwen3_next" else "model-mtp" + TENSORS
+
+
+def has_own_head(config: Mapping[str, Any]) -> bool:
+    """Whether a target's drafter comes as a part of it."""
+    return config.get("model_type") in _HEADS
+
+
+def refuse_headless(config: Mapping[str, Any], name: str) -> None:
+    """Raises CheckpointError for a model without an mtp head of its own."""
+    kind = config.get("model_type")
+    if kind in _HEADS:
+        return
+    if _DRAFTERS.get(str(kind)) is _qwen_head:
+        raise CheckpointError(f"{name} is an mtp head already (model_type {kind!r}); name it with --drafter")
+    advice = (
+        "its drafter is a checkpoint of its own; name that with --drafter"
+        if kind in _TARGETS
+        else f"models with one: {', '.join(_HEADS)}"
+    )
+    raise CheckpointError(f"{name} has model_type {kind!r}, which has no mtp head inside; {advice}")
+
+
+def check_drafter_folder(folder: Path, target: Checkpoint) -> None:
+    """Raises CheckpointError or PairError where a folder holds no drafter for a target, as their configs say."""
+    _drafter_builder(folder, target)
+    checkpoint = Checkpoint.open(folder)
+    if _DRAFTERS.get(checkpoint.model_type) is _gemma4_drafter:
+        config = _built(gemma4_assistant.Config.from_dict, checkpoint)
+        _refuse_mismatch(config, _built(gemma4.TextConfig.from_dict, target), folder)
+
+
+def for_mlx_lm(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Entries of config.json for which mlx-lm assumes another default than the released models have."""
+    if _TARGETS.get(checkpoint.model_type) is not _gemma4_target:
+        return {}
+    text = checkpoint.config.get("text_config")
+    width = _built(gemma4.TextConfig.from_dict, checkpoint).per_layer_width
+    if not isinstance(text, Mapping):
+        return {"hidden_size_per_layer_input": width}
+    # mlx-lm lets the number outside the text's config win, and takes that of the largest vocabulary if there is none.
+    return {"vocab_size": text["vocab_size"], "text_config": {**text, "hidden_size_per_layer_input": width}}
 
 
 def _tokenizer(checkpoint: Checkpoint) -> TokenizerWrapper:

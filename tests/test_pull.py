@@ -100,7 +100,7 @@ def test_pull_says_what_came(hub: Loopback, shell: Shell) -> None:
     size = sum(len(content) for content in hub.repositories[DENSE].files.values())
     assert code == 0
     assert target.startswith(f"model {DENSE}: 6 files, {size / 1e6:.1f} MB fetched, {size / 1e6:.1f} MB in {hub.home}")
-    assert drafter.startswith(f"drafter {DENSE}-assistant: 2 files") and reason.startswith("drafter: released together")
+    assert drafter.startswith(f"drafter {DENSE}-assistant: 2 files") and reason.startswith("drafter: published for")
     code, out, _ = shell("pull", DENSE)
     assert code == 0 and all("already here" in line for line in out.splitlines()[:2])
     code, out, _ = shell("pull", DENSE, "--json")
