@@ -6,9 +6,10 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from mtp_mlx.cli.display import Notes, loading, size
+from mtp_mlx.cli.display import Notes, size
 from mtp_mlx.cli.options import Drafter, KvBits
 from mtp_mlx.errors import RequestError
 from mtp_mlx.forecast import ACCEPTANCE
@@ -37,7 +38,7 @@ def command(
     """
     if kv_bits not in KV_BITS:
         raise RequestError(f"--kv-bits {kv_bits} is not one of {', '.join(KV_BITS)}")
-    with Notes(verbose=False), loading(model):
+    with Notes(verbose=False), Console(stderr=True).status(escape(f"reading what {model} says of itself")):
         found = outline(model, drafter, [*(context or ()), *(more or ())] or CONTEXTS, KV_BITS[kv_bits], acceptance)
     if as_json:
         typer.echo(json.dumps(found.figures(), indent=1))

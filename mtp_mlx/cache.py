@@ -16,7 +16,7 @@ from mtp_mlx.types import LayerCache, Mask, Packed, PackedRows, PlainRows, Span,
 
 MAX_BLOCK = 32  # rows of the largest block that may be written while decoding: the slack of a ring
 SMALLEST = 256  # rows of the smallest bucket
-KV_GROUPS = (64, 32)  # values of a key or value that share a scale where they are quantised, the preferred first
+GROUPS = (64, 32)  # numbers that share a scale where they are quantised, the preferred first
 
 
 def bucket(rows: int) -> int:
@@ -242,9 +242,9 @@ def full_cache(size: int, kv_bits: int | None) -> FullCache:
 
 def kv_group(size: int) -> int:
     """How many values of a head of `size` share a scale. Raises ValueError for a head that cannot be quantised."""
-    group = next((group for group in KV_GROUPS if size % group == 0), None)
+    group = next((group for group in GROUPS if size % group == 0), None)
     if group is None:
-        raise ValueError(f"a head of {size} values cannot be quantised, only multiples of {KV_GROUPS[-1]}")
+        raise ValueError(f"a head of {size} values cannot be quantised, only multiples of {GROUPS[-1]}")
     return group
 
 

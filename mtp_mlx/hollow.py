@@ -9,8 +9,8 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 
 from mtp_mlx.checkpoint import Header, TensorEntry
-from mtp_mlx.errors import CheckpointError, MTPError
-from mtp_mlx.hub import TENSORS, Remote, first_line
+from mtp_mlx.errors import CheckpointError
+from mtp_mlx.hub import TENSORS, Remote
 from mtp_mlx.models.base import HEAD_PREFIX, is_bare
 
 _WANTED = ("*.json", "README.md", "*/config.json")
@@ -21,21 +21,13 @@ _LARGEST = 4_000_000  # bytes of a small file; the index of a large model may be
 
 def hollow(repo: str, scratch: Path) -> Path:
     """The folder of a hub id, under `scratch`. Raises CheckpointError for a repository that cannot be read."""
-    try:
-        remote = Remote.open(repo)
-        folder = scratch / remote.repo.replace("/", "--")
-        for name, size in remote.files.items():
-            if _is_plain(name) and name.endswith(TENSORS):
-                _shell(remote, name, size, folder / name)
-            elif _is_plain(name) and _is_wanted(name, size):
-                _put(folder / name, remote.read(name, 0, size) if size else b"")
-    except MTPError:
-        raise
-    except Exception as error:  # an HTTP client has errors of its own
-        raise CheckpointError(
-            f"{repo} cannot be read from the hub ({first_line(error)}); check the name, your connection and, for a "
-            "gated model, that you are logged in"
-        ) from error
+    remote = Remote.open(repo)
+    folder = scratch / remote.repo.replace("/", "--")
+    for name, size in remote.files.items():
+        if _is_plain(name) and name.endswith(TENSORS):
+            _shell(remote, name, size, folder / name)
+        elif _is_plain(name) and _is_wanted(name, size):
+            _put(folder / name, remote.read(name, 0, size) if size else b"")
     return folder
 
 

@@ -1,11 +1,17 @@
 """Tiny checkpoints, and a drafter and a sampler that do as they are told."""
 
+import io
+import logging
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import cast
+from unittest import mock
 
 import mlx.core as mx
 
@@ -25,6 +31,7 @@ from mlx_lm.sample_utils import make_logits_processors
 
 from mtp_mlx.cache import MAX_BLOCK, Cache
 from mtp_mlx.choosing import Drafts, Rules
+from mtp_mlx.cli.main import main
 from mtp_mlx.loading import load
 from mtp_mlx.models.gemma4 import Model as Gemma4
 from mtp_mlx.models.gemma4_assistant import Assistant
@@ -121,6 +128,24 @@ def mlx_lm_processors(penalties: Penalties) -> list[Callable[[mx.array, mx.array
         penalties.frequency_context,
     )
     return processors
+
+
+def program(*arguments: str, stdin: bytes = b"") -> subprocess.CompletedProcess[str]:
+    """The command line within this process, where a start costs nothing; what it does to the logger is undone."""
+    out, err, log = io.StringIO(), io.StringIO(), logging.getLogger("mtp_mlx")
+    before = log.level, log.handlers, log.propagate
+    with (
+        redirect_stdout(out),
+        redirect_stderr(err),
+        mock.patch.object(sys, "argv", ["mtp-mlx", *arguments]),
+        mock.patch.object(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin))),
+        pytest.raises(SystemExit) as left,
+    ):
+        main()
+    log.level, log.handlers, log.propagate = before
+    return subprocess.CompletedProcess(
+        ["mtp-mlx", *arguments], int(left.value.code or 0), out.getvalue(), err.getvalue()
+    )
 
 
 def rows_of(visible: Visible) -> PlainRows:

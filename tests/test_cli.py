@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import FIXTURES, needs_compiler
+from conftest import FIXTURES, needs_compiler, program
 from loopback import Loopback
 
 VARIANT = str(FIXTURES / "gemma4_keqv")
@@ -27,12 +27,15 @@ FIGURES = {
 def run(
     *arguments: str, stdin: str | bytes = "", replay: bool = False, variables: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """The command; unless a test is about replayed rounds, no time is spent on compiling kernels."""
+    """The command; a process of its own is started only where a test is about replayed rounds or about variables."""
     given = stdin.encode() if isinstance(stdin, str) else stdin
-    program = [str(Path(sys.executable).parent / "mtp-mlx"), *arguments]
-    ours = variables or (dict(os.environ) if replay else {**os.environ, "MLX_DISABLE_COMPILE": "1"})
-    done = subprocess.run(program, input=given, capture_output=True, timeout=120, check=False, env=ours)
-    return subprocess.CompletedProcess(program, done.returncode, done.stdout.decode(), done.stderr.decode())
+    if not replay and variables is None:
+        return program(*arguments, stdin=given)
+    command = [str(Path(sys.executable).parent / "mtp-mlx"), *arguments]
+    done = subprocess.run(
+        command, input=given, capture_output=True, timeout=120, check=False, env=variables or os.environ
+    )
+    return subprocess.CompletedProcess(command, done.returncode, done.stdout.decode(), done.stderr.decode())
 
 
 def generate(*arguments: str, stdin: str | bytes = "") -> subprocess.CompletedProcess[str]:

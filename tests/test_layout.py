@@ -67,7 +67,7 @@ ALLOWED = {
     "mtp_mlx.hub": {"checkpoint", "errors"},
     "mtp_mlx.pairs": {"checkpoint", "errors", "hub", "models.base"},
     "mtp_mlx.adapters": {"checkpoint", "errors", "models.base"},
-    "mtp_mlx.drafter_bits": {"", "errors", "memory"},
+    "mtp_mlx.drafter_bits": {"", "cache", "errors", "memory", "quantise"},
     "mtp_mlx.loading": {
         "",
         "adapters",

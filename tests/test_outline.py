@@ -1,16 +1,14 @@
 """A look at a checkpoint tells what loading it would take, finds what loading would refuse, and reads no weights."""
 
 import json
-import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import pytest
-from conftest import FIXTURES, QWEN, VARIANTS
+from conftest import FIXTURES, QWEN, VARIANTS, program
 from huggingface_hub import close_session
 from loopback import Loopback
 from mlx_lm.convert import convert
@@ -308,9 +306,7 @@ def test_more_than_the_machine_has_does_not_fit(tmp_path: Path) -> None:
 
 
 def inspect(*arguments: str) -> subprocess.CompletedProcess[str]:
-    program = [str(Path(sys.executable).parent / "mtp-mlx"), "inspect", *arguments]
-    variables = {**os.environ, "MLX_DISABLE_COMPILE": "1"}
-    return subprocess.run(program, capture_output=True, text=True, timeout=60, check=False, env=variables)
+    return program("inspect", *arguments)
 
 
 def test_the_command_tells_it_in_words() -> None:
@@ -327,6 +323,14 @@ def test_the_command_tells_it_in_json() -> None:
     assert told["kv_bits"] == 8 and [entry["tokens"] for entry in told["contexts"]] == [512]
     assert told["weights"]["bytes"] == outline(str(FIXTURES / "qwen3_5_dense")).weights.nbytes
     assert told["estimate"]["measured"] is False and told["drafter"]["name"] == str(FIXTURES / "qwen3_5_dense")
+
+
+def test_the_command_downloads_no_model(hub: Loopback) -> None:
+    done = inspect("google/gemma-4-31B-it", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["drafter"]["name"] == "google/gemma-4-31B-it-assistant"
+    assert hub.sent("google/gemma-4-31B-it", "model.safetensors") < 100_000
+    assert not list(hub.home.rglob("*.safetensors"))
 
 
 def test_a_wrong_option_is_one_line() -> None:

@@ -9,42 +9,27 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import pytest
+from conftest import program
 from huggingface_hub import constants
 from loopback import FIXTURES, Loopback
 
 from mtp_mlx.cli import display
-from mtp_mlx.cli.main import main
 
 PROGRAM = str(Path(sys.executable).parent / "mtp-mlx")
 DENSE = "google/gemma-4-31B-it"
 QWEN = "Qwen/Qwen3.6-27B"
 
 
-class Shell:
-    """Runs the program within this process, where a start costs nothing."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
-        self._monkeypatch, self._capfd = monkeypatch, capfd
-
-    def __call__(self, *arguments: str) -> tuple[int, str, str]:
-        """Exit code, stdout and stderr."""
-        self._monkeypatch.setattr(sys, "argv", ["mtp-mlx", *arguments])
-        self._capfd.readouterr()
-        with pytest.raises(SystemExit) as left:
-            main()
-        said = self._capfd.readouterr()
-        return int(left.value.code or 0), said.out, said.err
-
-
-@pytest.fixture
-def shell(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Shell:
-    return Shell(monkeypatch, capfd)
+def shell(*arguments: str) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr."""
+    done = program(*arguments)
+    return done.returncode, done.stdout, done.stderr
 
 
 def run(hub: Loopback, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
-    program = [PROGRAM, *arguments]
+    command = [PROGRAM, *arguments]
     environment = hub.environment | more
-    return subprocess.run(program, capture_output=True, text=True, timeout=120, check=False, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
 
 
 def test_a_model_is_downloaded_paired_run_and_run_again_offline(hub: Loopback) -> None:
@@ -94,7 +79,7 @@ def test_a_download_with_its_bars_is_over_before_the_spinner(monkeypatch: pytest
     assert order == ["fetch a/b and auto", "loading a/b", "load"]
 
 
-def test_pull_says_what_came(hub: Loopback, shell: Shell) -> None:
+def test_pull_says_what_came(hub: Loopback) -> None:
     code, out, _ = shell("pull", DENSE)
     target, drafter, reason = out.splitlines()
     size = sum(len(content) for content in hub.repositories[DENSE].files.values())
@@ -107,7 +92,7 @@ def test_pull_says_what_came(hub: Loopback, shell: Shell) -> None:
     assert code == 0 and [part["fetched"] for part in json.loads(out)["parts"]] == [0, 0]
 
 
-def test_pull_takes_the_drafter_it_is_told(hub: Loopback, shell: Shell) -> None:
+def test_pull_takes_the_drafter_it_is_told(hub: Loopback) -> None:
     hub.add("me/drafter", FIXTURES / "gemma4_keqv" / "assistant_ordered")
     assert shell("pull", DENSE, "--drafter", "none")[1].count("files") == 1
     assert "drafter me/drafter: 2 files" in shell("pull", DENSE, "--drafter", "me/drafter")[1]
@@ -116,9 +101,7 @@ def test_pull_takes_the_drafter_it_is_told(hub: Loopback, shell: Shell) -> None:
     assert shell("pull", "demo")[0] == 0
 
 
-def test_pull_offline_is_content_with_what_is_complete(
-    hub: Loopback, shell: Shell, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pull_offline_is_content_with_what_is_complete(hub: Loopback, monkeypatch: pytest.MonkeyPatch) -> None:
     shell("pull", QWEN)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     code, out, err = shell("pull", QWEN)
@@ -127,7 +110,7 @@ def test_pull_offline_is_content_with_what_is_complete(
     assert (code, out, err.count("\n")) == (1, "", 1) and "HF_HUB_OFFLINE" in err
 
 
-def test_errors_are_one_line_and_an_exit_code(hub: Loopback, shell: Shell) -> None:
+def test_errors_are_one_line_and_an_exit_code(hub: Loopback) -> None:
     hub.repositories[f"{DENSE}-assistant"].gated = True
     code, out, err = shell("pull", DENSE)
     assert (code, out, err.count("\n")) == (1, "", 1)
@@ -140,7 +123,7 @@ def test_errors_are_one_line_and_an_exit_code(hub: Loopback, shell: Shell) -> No
         assert (code, out, err.count("\n")) == (1, "", 1) and err.startswith("mtp-mlx: ")
 
 
-def test_models_lists_what_can_be_run(hub: Loopback, shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_models_lists_what_can_be_run(hub: Loopback, monkeypatch: pytest.MonkeyPatch) -> None:
     code, out, _ = shell("models")
     assert code == 0 and "nothing that can be run" in out and "demo-qwen" in out
     shell("pull", DENSE)

@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import FIXTURES, DialledDrafter, gap, tiny_pair, varied_tokens
+from conftest import FIXTURES, DialledDrafter, gap, program, tiny_pair, varied_tokens
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 import mtp_mlx
@@ -543,10 +543,12 @@ def test_prompts_come_from_lines_or_from_json(tmp_path: Path) -> None:
 
 
 def run(*arguments: str, before: str = "") -> subprocess.CompletedProcess[str]:
-    """The program in a process of its own, after some lines of Python."""
-    program = [sys.executable, "-c", f"{before}\nfrom mtp_mlx.cli.main import main\nmain()", "verify", *arguments]
+    """The program, in a process of its own if some lines of Python are to come before it."""
+    if not before:
+        return program("verify", *arguments)
+    command = [sys.executable, "-c", f"{before}\nfrom mtp_mlx.cli.main import main\nmain()", "verify", *arguments]
     variables = {**os.environ, "MLX_DISABLE_COMPILE": "1", "PYTHONPATH": str(Path(__file__).parent)}
-    return subprocess.run(program, capture_output=True, text=True, timeout=120, check=False, env=variables)
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=variables)
 
 
 def test_the_command_reports_and_ends_with_the_verdict() -> None:
@@ -577,7 +579,8 @@ def test_json_is_one_object(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)
     assert answer.keys() == {
-        "verdict", "sentence", "weakness", "faults", "numerics", "comparisons", "fits", "model", "drafter", "versions",
+        "verdict", "sentence", "weakness", "faults", "numerics", "comparisons", "fits", "model", "drafter", "adapter",
+        "versions",
     }  # fmt: skip
     assert answer["verdict"] == "equal" and answer["model"] == model and answer["faults"] == []
     assert [(c["prompt"], c["depth"]) for c in answer["comparisons"]] == [
