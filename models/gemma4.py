@@ -179,6 +179,7 @@ class RoPE:
             periods = self._theta ** (mx.arange(0, 2 * turned, 2, dtype=mx.float32) / size)
             still = mx.full((size // 2 - turned,), mx.inf)
             self._frequencies = mx.concatenate([periods * parameters.get("factor", 1.0), still])
+            mx.eval(self._frequencies)  # what is not computed yet can only be computed by the thread that made it
             self._theta = None
 
     def __call__(self, x: mx.array, span: Span) -> mx.array:

@@ -3,7 +3,8 @@
     MTPError
     ├── CheckpointError   a folder, a config or a weight file is not what it should be
     ├── PairError         target and drafter do not fit each other
-    └── RequestError      a prompt or an option that cannot be served
+    ├── RequestError      a prompt or an option that cannot be served
+    └── BusyError         too many requests at a time; the same one may be served later
 
 Each message is one line: what was given, what fits, what to do. The command line prints it and exits with 1.
 """
@@ -23,3 +24,7 @@ class PairError(MTPError):
 
 class RequestError(MTPError, ValueError):
     """A request asks for something that cannot be done. A ValueError as well, as in mlx-lm."""
+
+
+class BusyError(MTPError):
+    """Nothing is wrong with the request, but it cannot be served now."""

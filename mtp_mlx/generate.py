@@ -2,10 +2,10 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Literal, cast
+from typing import Literal, NamedTuple, cast
 
 import mlx.core as mx
 from jinja2 import TemplateError
@@ -48,6 +48,13 @@ class Response(GenerationResponse):
     stats: Stats = field(default_factory=lambda: Stats(0))
 
 
+class Progress(NamedTuple):
+    """How much of a prompt has been read."""
+
+    done: int
+    total: int
+
+
 def stream_generate(
     pair: Pair,
     tokenizer: TokenizerWrapper,
@@ -83,6 +90,46 @@ def stream_generate(
 
     Raises RequestError for an empty prompt, one that does not fit the model's context or memory, or a bad option.
     """
+    progress = prompt_progress_callback or _ignore
+    with wired():
+        for event in generation(
+            pair,
+            tokenizer,
+            prompt,
+            max_tokens,
+            depth=depth,
+            sampler=sampler,
+            penalties=penalties,
+            logits_processors=logits_processors,
+            seed=seed,
+            drafts=drafts,
+            lookup=lookup,
+            prediction=prediction,
+            prefill_step_size=prefill_step_size,
+        ):
+            if isinstance(event, Progress):
+                progress(event.done, event.total)
+            else:
+                yield from event
+
+
+def generation(
+    pair: Pair,
+    tokenizer: TokenizerWrapper,
+    prompt: Prompt,
+    max_tokens: int = DEFAULT_MAX_TOKENS,
+    *,
+    depth: int | str = "auto",
+    sampler: Sampler | Callable[[mx.array], mx.array] | None = None,
+    penalties: Penalties | None = None,
+    logits_processors: Iterable[Callable[[mx.array, mx.array], mx.array]] | None = None,
+    seed: int | None = None,
+    drafts: Drafts | None = None,
+    lookup: bool = True,
+    prediction: Prompt | None = None,
+    prefill_step_size: int = DEFAULT_PREFILL_STEP,
+) -> Generator[Progress | list[Response], None, None]:
+    """`stream_generate` in slices that others can come between: a chunk of the prompt, or the tokens of one round."""
     began = time.perf_counter()
     ids = encode(tokenizer, prompt)
     check_tokens(ids, pair.target.vocabulary)
@@ -102,27 +149,26 @@ def stream_generate(
     copies = Copies(ids, predicted) if depth != 0 and (predicted or (lookup and depth == "auto")) else None
     # At depth 0 nobody has to keep a drafter up to date.
     running = pair if depth != 0 else replace(pair, drafter=NOBODY)
-    progress = prompt_progress_callback or _ignore
-    with _wired():
-        mx.reset_peak_memory()
-        sequence = Sequence(running, chooser, draw_seed() if seed is None else seed)
-        sequence.prefill(ids, prefill_step_size, progress)
-        memory = Memory(target=pair.target.nbytes, drafter=pair.drafter.nbytes)
-        stats = Stats(len(ids), memory=memory, compiled=compiles())
-        emitter = _Emitter(tokenizer, budget)
-        for whole in rounds(sequence, policy, budget, copies):
-            if not stats.rounds:
-                stats = replace(stats, ttft_seconds=time.perf_counter() - began)
-                progress(len(ids), len(ids))
-            result = emitter.until_stop(whole)
-            sequence.keep(len(result.tokens))
-            warned = stats.alarm
-            stats = stats.after(result, policy, sequence.cache.nbytes, mx.get_peak_memory())
-            if stats.alarm and not warned:
-                _log.warning(stats.alarm)
-            yield from emitter.responses(result, stats)
-            if emitter.finished:
-                return
+    mx.reset_peak_memory()
+    sequence = Sequence(running, chooser, draw_seed() if seed is None else seed)
+    for done in sequence.read(ids, prefill_step_size):
+        yield Progress(done, len(ids))
+    memory = Memory(target=pair.target.nbytes, drafter=pair.drafter.nbytes)
+    stats = Stats(len(ids), memory=memory, compiled=compiles())
+    emitter = _Emitter(tokenizer, budget)
+    for whole in rounds(sequence, policy, budget, copies):
+        if not stats.rounds:
+            stats = replace(stats, ttft_seconds=time.perf_counter() - began)
+            yield Progress(len(ids), len(ids))
+        result = emitter.until_stop(whole)
+        sequence.keep(len(result.tokens))
+        warned = stats.alarm
+        stats = stats.after(result, policy, sequence.cache.nbytes, mx.get_peak_memory())
+        if stats.alarm and not warned:
+            _log.warning(stats.alarm)
+        yield list(emitter.responses(result, stats))
+        if emitter.finished:
+            return
 
 
 def _policy(pair: Pair, depth: int | str, reproducible: bool) -> Depth:
@@ -309,7 +355,7 @@ def _ignore(done: int, total: int) -> None:
 
 
 @contextmanager
-def _wired() -> Iterator[None]:
+def wired() -> Iterator[None]:
     """Keep the weights resident on a Mac while generating; the limit goes back to what it was."""
     before = maybe_set_recommended_wired_limit()
     if before is None:  # not a Mac

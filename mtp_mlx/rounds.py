@@ -81,11 +81,16 @@ class Sequence:
 
         `step` tokens are read at a time.
         """
+        for done in self.read(prompt, step):
+            progress(done, len(prompt))
+
+    def read(self, prompt: list[int], step: int) -> Iterator[int]:
+        """The same in pieces that others can come between: tokens of the prompt read so far, 0 at first."""
         self._commit()
         unread = self.text[-1:] + prompt
         self.text = self.text or prompt[:1]
         self.cache.reserve(self.length + len(unread))
-        progress(0, len(prompt))
+        yield 0
         for begin in range(0, len(unread) - 1, step):
             chunk = unread[begin : min(begin + step, len(unread) - 1)]
             tokens = mx.array(chunk, mx.int32)[None]  # (1, L)
@@ -96,7 +101,7 @@ class Sequence:
             self._commit()
             mx.eval(self.cache.arrays(), self.state)
             mx.clear_cache()
-            progress(begin + len(chunk), len(prompt))
+            yield begin + len(chunk)
 
     def round(self, drafts: int | list[int], split: bool = False) -> Round:
         """Let the drafter propose so many tokens, or propose these, and verify them.

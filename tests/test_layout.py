@@ -50,6 +50,8 @@ ALLOWED = {
         "stats",
         "types",
     },
+    "mtp_mlx.stops": set(),
+    "mtp_mlx.engine": {"errors", "generate", "stops", "types"},
     "mtp_mlx.bench": {
         "cache",
         "choosing",

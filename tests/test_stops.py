@@ -1,0 +1,39 @@
+"""A stop text is found however the text is cut into pieces, and nothing else is lost or held back."""
+
+from itertools import product
+
+import pytest
+
+from mtp_mlx.stops import StopText
+
+TEXT = "one two three two one<end>more"
+
+
+def _through(pieces: list[str], stops: tuple[str, ...]) -> tuple[str, bool]:
+    watch, out = StopText(stops), ""
+    for piece in pieces:
+        text, stopped = watch.feed(piece)
+        out += text
+        if stopped:
+            return out, True
+    return out + watch.finish(), False
+
+
+@pytest.mark.parametrize("stops", [("<end>",), ("two o", "<end>"), ("three", "thr"), ("e<", "nothing"), ("o", ""), ()])
+def test_however_a_text_is_cut_it_ends_at_the_first_stop(stops: tuple[str, ...]) -> None:
+    places = [TEXT.index(stop) for stop in stops if stop and stop in TEXT]
+    expected = (TEXT[: min(places)], True) if places else (TEXT, False)
+    for size in range(1, len(TEXT) + 1):
+        assert _through([TEXT[i : i + size] for i in range(0, len(TEXT), size)], stops) == expected
+    for cut, other in product(range(len(TEXT)), repeat=2):
+        low, high = sorted((cut, other))
+        assert _through([TEXT[:low], TEXT[low:high], TEXT[high:]], stops) == expected
+
+
+def test_no_more_is_held_back_than_may_begin_a_stop() -> None:
+    watch = StopText(("<end>",))
+    assert watch.feed("a < b") == ("a < b", False)
+    assert watch.feed("a <") == ("a ", False)
+    assert watch.feed("en") == ("", False)
+    assert watch.feed("joy") == ("<enjoy", False)
+    assert watch.feed("<<end") == ("<", False) and watch.finish() == "<end"
