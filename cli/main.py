@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from mtp_mlx.cli import bench, convert, doctor, extract, generate, inspect, models, pull, verify
+from mtp_mlx.cli import bench, chat, convert, doctor, extract, generate, inspect, models, pull, verify
 from mtp_mlx.errors import MTPError
 
 app = typer.Typer(
@@ -21,6 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command(name="generate")(generate.command)
+app.command(name="chat")(chat.command)
 app.command(name="inspect")(inspect.command)
 app.command(name="bench")(bench.command)
 app.command(name="verify")(verify.command)

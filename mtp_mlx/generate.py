@@ -304,10 +304,16 @@ def in_chat_template(tokenizer: TokenizerWrapper, prompt: str) -> str | list[int
     """
     if not tokenizer.has_chat_template or not prompt:
         return prompt
+    return rendered(tokenizer, [{"role": "user", "content": prompt}])
+
+
+def rendered(tokenizer: TokenizerWrapper, messages: list[dict[str, str]]) -> list[int]:
+    """Token ids of a conversation in the model's chat template, up to where the model is to answer.
+
+    Raises CheckpointError for a template that fails.
+    """
     try:
-        ids: list[int] = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], add_generation_prompt=True
-        )
+        ids: list[int] = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
     except (TemplateError, TypeError, ValueError) as error:
         raise CheckpointError(f"the model's chat template fails ({error}); try --ignore-chat-template") from error
     return ids

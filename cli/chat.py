@@ -1,0 +1,141 @@
+"""`mtp-mlx chat`: a conversation in the terminal, one line after the other."""
+
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from typing import Annotated, Any
+
+import typer
+
+from mtp_mlx.cli.display import Notes, Progress, Writer, note, stats_table
+from mtp_mlx.cli.options import Adapter, Drafter, DrafterBits, Dtype, KvBits, Model, Parts, parse_depth
+from mtp_mlx.engine import Engine, Piece, Request
+from mtp_mlx.errors import MTPError, RequestError
+from mtp_mlx.generate import Response, check_text, rendered
+from mtp_mlx.hub import DEMO
+from mtp_mlx.loading import Loaded
+from mtp_mlx.sampling import choose_sampler
+
+HELP = """\
+/clear   forget the conversation     /stats   figures of the last answer
+/help    this text                   /exit    leave, as does Ctrl-D
+A line that ends in \\ goes on in the next one. Ctrl-C ends an answer."""
+
+
+def command(
+    model: Model = DEMO,
+    drafter: Drafter = "auto",
+    adapter: Adapter = None,
+    system: Annotated[str | None, typer.Option(help="What the model is told before the conversation.")] = None,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", "-m", help="Tokens of an answer; -1 for as many as the context holds.")
+    ] = -1,
+    depth: Annotated[
+        str, typer.Option(help="Tokens to draft per round; 'auto' measures, 0 is plain decoding.")
+    ] = "auto",
+    temp: Annotated[float, typer.Option(help="Sampling temperature; 0 takes the most probable token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Sample from the smallest set with this probability; 1 is off.")] = 1.0,
+    min_p: Annotated[float, typer.Option(help="Drop tokens below this share of the best one's; 0 is off.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Sample from this many tokens; 0 is off.")] = 0,
+    seed: Annotated[int | None, typer.Option(help="Seed of the sampling, the same for every answer.")] = None,
+    dtype: Dtype = "auto",
+    drafter_bits: DrafterBits = "auto",
+    kv_bits: KvBits = "none",
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Report what is decided about the files.")] = False,
+) -> None:
+    """Talk to a model. Each line is a message; /help lists what else can be said.
+
+    Example: mtp-mlx chat --model google/gemma-4-E4B-it --temp 1 --top-p 0.95
+    """
+    options = {
+        "depth": parse_depth(depth),
+        "sampler": choose_sampler(temp, top_p, min_p, top_k),
+        "seed": seed,
+    }
+    with Notes(verbose) as notes:
+        loaded = Parts(model, drafter, dtype, drafter_bits, kv_bits, adapter).load()
+        if not loaded.tokenizer.has_chat_template:
+            raise RequestError(f"{model} has no chat template, so it cannot chat; try mtp-mlx generate")
+        if verbose or (drafter == "auto" and not loaded.expected):
+            note(f"drafter: {loaded.drafter or 'none'} ({loaded.drafter_reason})")
+        notes.show()
+        Conversation(loaded, system, max_tokens, options, notes).run()
+
+
+class Conversation:
+    """What was said, and the engine that answers."""
+
+    def __init__(self, loaded: Loaded, system: str | None, max_tokens: int, options: Mapping[str, Any], notes: Notes):
+        self._loaded, self._max_tokens, self._options, self._notes = loaded, max_tokens, options, notes
+        self._begin = [{"role": "system", "content": system}] if system else []
+        self._said = list(self._begin)
+        self._engine = Engine(loaded.pair, loaded.tokenizer)
+        self._last: Response | None = None
+
+    def run(self) -> None:
+        try:
+            for line in _lines():
+                if line == "/exit":
+                    return
+                try:
+                    self._take(line)
+                except MTPError as error:  # the conversation goes on without what could not be answered
+                    note(f"mtp-mlx: {error}")
+        finally:
+            self._engine.close()
+
+    def _take(self, line: str) -> None:
+        if line == "/clear":
+            self._said = list(self._begin)
+        elif line == "/stats" and self._last:
+            stats_table(self._last, {"drafter": self._loaded.drafter or "none"}, show_drafts=False)
+        elif line in ("/help", "/stats"):
+            note(HELP if line == "/help" else "nothing has been answered yet")
+        elif line.startswith("/"):
+            note(f"{line.split()[0]} is not a command; /help lists them")
+        elif line.strip():
+            self._answer(line)
+
+    def _answer(self, line: str) -> None:
+        check_text(line)
+        asked = [*self._said, {"role": "user", "content": line}]
+        stream = self._engine.stream(
+            Request(rendered(self._loaded.tokenizer, asked), self._max_tokens, options=self._options)
+        )
+        writer, text = Writer(show_drafts=False), ""
+        with Progress() as progress, suppress(KeyboardInterrupt):
+            for event in stream:
+                if isinstance(event, Piece):
+                    writer.write(event.text, "plain")
+                    text, self._last = text + event.text, event.response
+                else:
+                    progress(event.done, event.total)
+        stream.close()
+        writer.finish()
+        self._notes.show()
+        self._said = [*asked, {"role": "assistant", "content": text}]
+
+
+def _lines() -> Iterator[str]:
+    """What the user says, until the end of input."""
+    asking = sys.stdin.isatty()
+    while True:
+        try:
+            line = _line("> " if asking else "")
+            while line.endswith("\\"):
+                line = line[:-1] + "\n" + _line(". " if asking else "")
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            sys.stdout.write("\n")
+            continue
+        except UnicodeDecodeError as error:
+            raise RequestError(f"standard input is not UTF-8 text ({error})") from None
+        yield line
+
+
+def _line(prompt: str) -> str:
+    if prompt:
+        with suppress(ImportError):
+            import readline  # noqa: F401  (editing and history for `input`)
+    return input(prompt)

@@ -1,0 +1,66 @@
+"""A conversation: every answer is the one that the whole conversation so far gets, and nothing said is lost."""
+
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from conftest import FIXTURES, program
+
+from mtp_mlx.generate import generate, rendered
+from mtp_mlx.loading import load
+
+MODEL = str(FIXTURES / "gemma4_keqv")
+OPTIONS = ("chat", "--model", MODEL, "--dtype", "float32", "-m", "12", "--seed", "1")
+
+
+def _answers(said: list[str], system: str | None = None) -> list[str]:
+    """What the model answers to each message, asked for one by one."""
+    pair, tokenizer = load(MODEL, dtype=mx.float32)
+    messages, answers = [{"role": "system", "content": system}] if system else [], []
+    for message in said:
+        messages.append({"role": "user", "content": message})
+        answers.append(generate(pair, tokenizer, rendered(tokenizer, messages), max_tokens=12, seed=1))
+        messages.append({"role": "assistant", "content": answers[-1]})
+    return answers
+
+
+def _shown(answers: list[str]) -> str:
+    return "".join(answer if answer.endswith("\n") or not answer else answer + "\n" for answer in answers)
+
+
+@pytest.mark.parametrize("depth", ["0", "3", "auto"])
+def test_every_turn_is_answered_in_the_light_of_those_before(depth: str) -> None:
+    said = ["def f(x):", "and then?", "for i in"]
+    done = program(*OPTIONS, "--depth", depth, stdin="\n".join(said).encode())
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == _shown(_answers(said)) and "drafting is off" not in done.stdout
+
+
+def test_commands_do_what_they_say(tmp_path: Path) -> None:
+    lines = ["/stats", "hello", "/stats", "/clear", "hello", "/nonsense x", "", "a\\", "b", "/help", "/exit", "never"]
+    done = program(*OPTIONS, "--system", "Be brief.", stdin="\n".join(lines).encode())
+    assert done.returncode == 0
+    first, second = _answers(["hello", "a\nb"], "Be brief.")
+    assert done.stdout == _shown([first, first, second])
+    for words in ("nothing has been answered yet", "per round", "/nonsense is not a command", "Ctrl-C ends an answer"):
+        assert words in done.stderr
+
+
+def test_what_cannot_be_answered_is_one_line_and_the_conversation_goes_on() -> None:
+    done = program(*OPTIONS, stdin=("x " * 2000 + "\nhello\n").encode())
+    assert done.returncode == 0 and "context is 1024" in done.stderr and "Traceback" not in done.stderr
+    assert done.stdout == _shown(_answers(["hello"]))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "demo"], "demo has no chat template, so it cannot chat; try mtp-mlx generate"),
+        (["--model", MODEL, "--depth", "fast"], "--depth fast"),
+        (["--model", MODEL, "--temp", "-1"], "temperature"),
+    ],
+)
+def test_bad_options_are_one_line(arguments: list[str], message: str) -> None:
+    done = program("chat", *arguments, stdin=b"hello")
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("mtp-mlx: ") and message in done.stderr and done.stderr.count("\n") == 1
