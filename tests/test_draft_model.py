@@ -24,7 +24,7 @@ from mtp_mlx.rounds import UNTOLD, Sequence
 from mtp_mlx.types import Target
 
 FAMILIES = ["gemma4_ple", "gemma4_keqv", "qwen3_5_tied", "qwen3_5_moe"]
-PROMPTS = [1, 5, WINDOW + 1, 3 * WINDOW]
+PROMPTS = [1, WINDOW + 1, 3 * WINDOW]
 
 
 LENGTH = 60
@@ -39,7 +39,7 @@ def _says(sequence: Sequence, k: int) -> mx.array:
 
 
 @pytest.mark.parametrize("variant", FAMILIES)
-@pytest.mark.parametrize("k", [1, 3, 7])
+@pytest.mark.parametrize("k", [1, 5])
 def test_a_model_that_drafts_for_itself_says_what_it_says_as_target(variant: str, k: int) -> None:
     """Below and above the window, after copies of which 0 to all were right, and after drafts that came to nothing."""
     target, _ = tiny_pair(variant)
