@@ -17,7 +17,9 @@ def command(
         Path, typer.Option("--output", "-o", help="File to write, or the folder of the converted target.")
     ] = Path("model-mtp.safetensors"),
     bits: Annotated[str, typer.Option(help="Quantise the head: 4 or 8; 'none' keeps it as it is.")] = "none",
-    group_size: Annotated[int, typer.Option(help="Weights that share a scale, if --bits is given.")] = 64,
+    group_size: Annotated[
+        int | None, typer.Option(help="Weights that share a scale where --bits is given; default 64.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a file that is there already.")] = False,
 ) -> None:
     """Get the mtp head that a converted model lost: only its bytes are read of the original, on the hub or on disk.
@@ -37,10 +39,12 @@ def command(
         typer.echo(f"Use it with its target: mtp-mlx generate --model TARGET --drafter {done.file}")
 
 
-def parse_drafter_bits(option: str, bits: str, group_size: int) -> Affine | None:
+def parse_drafter_bits(option: str, bits: str, group_size: int | None) -> Affine | None:
     """How to quantise a drafter, None for 'none'. Raises RequestError for anything that cannot be done."""
     if bits == "none":
+        if group_size is not None:
+            raise RequestError(f"--group-size {group_size} needs {option}; without it nothing is quantised")
         return None
     if bits not in map(str, DRAFTER_BITS):
         raise RequestError(f"{option} {bits} is not one of {', '.join(map(str, DRAFTER_BITS))}, none")
-    return Affine(int(bits), group_size)
+    return Affine(int(bits), 64 if group_size is None else group_size)

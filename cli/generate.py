@@ -114,6 +114,8 @@ def command(
     Example: mtp-mlx generate "def fibonacci(n):" --depth 4 --show-drafts
     """
     parsed_depth = parse_depth(depth)
+    if prediction is not None and parsed_depth == 0:
+        raise RequestError(f"--prediction {prediction} is tried as drafts, and --depth 0 allows none; leave one out")
     sampler = choose_sampler(temp, top_p, min_p, top_k, xtc_probability=xtc_probability, xtc_threshold=xtc_threshold)
     penalties = Penalties(
         repetition=repetition_penalty,
@@ -161,6 +163,8 @@ def parse_drafts(name: str, sampler: Sampler, temperature: float | None) -> Draf
         raise RequestError(f"--drafts {name} is not one of auto, coupled, argmax, sampled")
     if name != "sampled" and temperature is not None:
         raise RequestError(f"--draft-temp {temperature} is for --drafts sampled; {name} drafts do not use it")
+    if temperature is not None and not isinstance(sampler, Sample):
+        raise RequestError(f"--draft-temp {temperature} is for texts with --temp above 0; at 0 nothing is drawn")
     if name == "sampled" and isinstance(sampler, Sample):
         return sampler if temperature is None else replace(sampler, temperature=temperature)
     if name == "auto":

@@ -14,9 +14,11 @@ from mtp_mlx.pairs import registry
 
 
 def known_pairs() -> Mapping[str, tuple[str, ...]]:
-    """Released target -> repositories with its drafter, and "in itself" where it carries one."""
-    families = registry().families
-    return {family.original: family.drafters(trained_quantised=False) or ("the head in itself",) for family in families}
+    """Released target -> its drafters: the head in itself, or repositories; those are also for its conversions."""
+    return {
+        family.original: ("the head in itself",) * family.carries_head + family.drafters(trained_quantised=False)
+        for family in registry().families
+    }
 
 
 def command(

@@ -85,6 +85,8 @@ def _pull(name: str, drafter: str) -> tuple[list[Part], str]:
 
 def _part(kind: str, name: str) -> Part:
     place = local(name)
+    if place is not None and not place.exists():
+        raise CheckpointError(f"{name} is neither a folder or file here nor a hub id; give one of them")
     if place is not None:
         return Part(kind, name, place, 0, 0, 0)
     accept = _accept_target if kind == "model" else Checkpoint.open

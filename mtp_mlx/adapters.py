@@ -1,5 +1,6 @@
 """LoRA, DoRA and full fine-tunes in mlx-lm's format, put onto a target."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from mtp_mlx.errors import CheckpointError
 from mtp_mlx.models.base import rename
 
 CONFIG, TENSORS = "adapter_config.json", "adapters.safetensors"
+LARGEST_RANK = 2**14
 _LEAVES = ("lora_a", "lora_b", "m")  # what an adapter brings to a layer
 
 
@@ -50,6 +52,8 @@ def base_model(folder: Path) -> str | None:
 
 
 def _config(folder: Path) -> Mapping[str, Any]:
+    if not folder.is_dir():
+        raise CheckpointError(f"the adapter {folder} is not a folder; give the one that mlx_lm.lora has written")
     if not (folder / CONFIG).is_file():
         raise CheckpointError(f"{folder} has no {CONFIG}; give the folder that mlx_lm.lora has written")
     config = read_json(folder / CONFIG)
@@ -63,12 +67,11 @@ def _config(folder: Path) -> Mapping[str, Any]:
 
 def _wrap(target: nn.Module, folder: Path, config: Mapping[str, Any], dora: bool) -> None:
     parameters = config.get("lora_parameters")
-    missing = {"rank", "scale", "dropout"} - parameters.keys() if isinstance(parameters, Mapping) else {"all"}
     layers = config.get("num_layers")
-    if missing or not isinstance(layers, int) or isinstance(layers, bool):
+    if not (isinstance(parameters, Mapping) and _are_sane(parameters) and type(layers) is int):
         raise CheckpointError(
-            f"{folder / CONFIG} must have num_layers and lora_parameters with rank, scale and dropout, as mlx_lm.lora "
-            "writes them"
+            f"{folder / CONFIG} must have num_layers, and lora_parameters with a whole rank from 1 to {LARGEST_RANK}, "
+            "numbers for scale and dropout, and keys, if any, that name modules; mlx_lm.lora writes them so"
         )
     assert isinstance(parameters, Mapping)
     own = dict(parameters)
@@ -80,12 +83,23 @@ def _wrap(target: nn.Module, folder: Path, config: Mapping[str, Any], dora: bool
         raise CheckpointError(f"{folder} cannot be put onto this target: {error}") from error
 
 
+def _are_sane(parameters: Mapping[str, Any]) -> bool:
+    rank, keys = parameters.get("rank"), parameters.get("keys")
+    scale, dropout = parameters.get("scale"), parameters.get("dropout")
+    named = keys is None or (isinstance(keys, list) and bool(keys) and all(isinstance(key, str) for key in keys))
+    if type(rank) is not int or not 0 < rank <= LARGEST_RANK or not named:
+        return False
+    return all(isinstance(n, int | float) and math.isfinite(n) for n in (scale, dropout))
+
+
 def _check(target: nn.Module, weights: Mapping[str, mx.array], folder: Path, full: bool) -> None:
     known: dict[str, mx.array] = dict(tree_flatten(target.parameters()))
     allowed = {name: array for name, array in known.items() if full or name.rpartition(".")[2] in _LEAVES}
     for name, array in weights.items():
         if name not in allowed:
             raise CheckpointError(f"{folder} changes {name}, which this target does not have; it was made for another")
+        if not mx.issubdtype(array.dtype, mx.floating) and mx.issubdtype(allowed[name].dtype, mx.floating):
+            raise CheckpointError(f"{folder}: {name} is {array.dtype}, expected floating-point numbers")
         if array.shape != allowed[name].shape:
             raise CheckpointError(
                 f"{folder}: {name} has shape {array.shape}, this target needs {allowed[name].shape}; it was made for "

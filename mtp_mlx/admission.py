@@ -1,14 +1,13 @@
 """Whether a text fits into memory, known before its prompt is read: nothing is begun that cannot be ended."""
 
 import logging
+from bisect import bisect_right
 
 from mtp_mlx import memory
 from mtp_mlx.errors import RequestError
 from mtp_mlx.types import Pair
 
 _log = logging.getLogger(__name__)
-
-STEP = 256  # tokens by which a text without a limit is shortened until it fits
 
 
 def admit(pair: Pair, prompt: int, budget: int, *, endless: bool) -> int:
@@ -17,13 +16,11 @@ def admit(pair: Pair, prompt: int, budget: int, *, endless: bool) -> int:
 
     Raises RequestError where keys and values would not fit beside what is in memory already.
     """
-    free = memory.free_bytes()
+    free = max(0, memory.free_bytes())
     if _needed(pair, prompt + budget) <= free:
         return budget
-    if endless and _needed(pair, prompt + STEP) <= free:
-        most = budget // STEP * STEP
-        while _needed(pair, prompt + most) > free:
-            most -= STEP
+    most = bisect_right(range(1, budget + 1), free, key=lambda count: _needed(pair, prompt + count))
+    if endless and most:
         _log.warning("memory holds %d tokens after this prompt; the text ends there at the latest", most)
         return most
     raise RequestError(_refusal(pair, prompt, budget, free))
@@ -39,7 +36,8 @@ def _refusal(pair: Pair, prompt: int, budget: int, free: int) -> str:
         if bits < (pair.kv_bits or 16) and _needed(pair, prompt + budget, bits) <= free:
             remedies.append(f"--kv-bits {bits}")
             break
-    remedies.append("fewer --max-tokens" if _needed(pair, prompt + 1) <= free else "a shorter prompt")
+    fits = budget > 1 and _needed(pair, prompt + 1) <= free
+    remedies.append("fewer --max-tokens" if fits else "a shorter prompt")
     return (
         f"this prompt of {prompt} tokens and {budget} more need {_size(needed)} of keys and values, "
         f"{_size(free)} are free; use {' or '.join(remedies)}"

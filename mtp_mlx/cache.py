@@ -44,6 +44,7 @@ class Cache:
             self.capacity = bucket(rows)
             for layer in self.layers:
                 layer.reserve(self.capacity)
+                mx.eval(layer.arrays())  # so that no more than one layer is in memory twice
 
     def attach(self, layer: LayerCache) -> None:
         """Add a layer that is not the target's own: what a drafter remembers of the same tokens."""
@@ -215,17 +216,16 @@ class QuantisedCache(FullCache):
     what its tokens one by one would see.
     """
 
-    def __init__(self, bits: int) -> None:
+    def __init__(self, bits: int, group: int) -> None:
         super().__init__()
         self.bits = bits
-        self._group = 0  # known with the first rows
+        self.group = group
 
     def _rows(self, keys: mx.array, values: mx.array) -> list[mx.array]:
-        self._group = kv_group(keys.shape[-1])
-        return [part for rows in (keys, values) for part in mx.quantize(rows, self._group, self.bits)]
+        return [part for rows in (keys, values) for part in mx.quantize(rows, self.group, self.bits)]
 
     def _visible(self, buffers: list[mx.array]) -> PackedRows:
-        return PackedRows(Packed(*buffers[:3]), Packed(*buffers[3:]), self._group, self.bits)
+        return PackedRows(Packed(*buffers[:3]), Packed(*buffers[3:]), self.group, self.bits)
 
     def _of_prompt(self, buffers: list[mx.array]) -> Visible:
         """Unpacked, one layer after the other: the scores of a long chunk are never in memory as a whole then."""
@@ -236,8 +236,7 @@ def full_cache(size: int, kv_bits: int | None) -> FullCache:
     """For a full-attention layer with heads of `size`. Raises ValueError for heads that cannot be quantised."""
     if kv_bits is None:
         return FullCache()
-    kv_group(size)
-    return QuantisedCache(kv_bits)
+    return QuantisedCache(kv_bits, kv_group(size))
 
 
 def kv_group(size: int) -> int:

@@ -88,7 +88,7 @@ class Precision:
             raise RequestError(f"--recipe {recipe} is not one of {', '.join(RECIPES)}")
         if bits is not None or mode != "affine":
             raise RequestError(f"--recipe {recipe} says how many bits; leave out --bits and --mode")
-        group = group_size or MODES[mode][0]
+        group = MODES[mode][0] if group_size is None else group_size
         if group not in GROUP_SIZES:
             raise RequestError(
                 f"a group size of {group} is not possible; give one of {', '.join(map(str, GROUP_SIZES))}"
@@ -149,7 +149,7 @@ def convert(
     Raises CheckpointError for a source that cannot be converted and a disk that is full, PairError for a drafter of
     another target, RequestError for an output that is in the way.
     """
-    of_drafter = precision.of_drafter(drafter_bits)
+    of_drafter, output = precision.of_drafter(drafter_bits), output.absolute()
     _check_output(output, force)
     original = open_target(find(source, open_target))
     _check_source(original, output)
@@ -176,6 +176,8 @@ def _check_output(output: Path, force: bool) -> None:
         return
     if not force:
         raise RequestError(f"{output} is there already; give another OUTPUT, or --force to replace it")
+    if output.samefile(Path.cwd()):
+        raise RequestError(f"{output} is the folder that you are in, which cannot be replaced; go elsewhere first")
     if not (output / "config.json").is_file():
         raise RequestError(f"{output} is no model folder, so --force does not replace it; give another OUTPUT")
 
@@ -325,7 +327,9 @@ def _copy_rest(folder: Path, work: Path) -> None:
 
 def _write_drafter(task: _Task, drafter: str, work: Path) -> None:
     if _is_folder_of_its_own(task, drafter):
-        _write_assistant(Checkpoint.open(find(drafter)), work / ASSISTANT_FOLDER, task.precision.dtype, task.of_drafter)
+        original, folder = Checkpoint.open(find(drafter)), work / ASSISTANT_FOLDER
+        _write_assistant(original, folder, task.precision.dtype, task.of_drafter)
+        _copy_rest(original.folder, folder)  # a smaller model that drafts is asked for its tokens
     else:
         extract(drafter, work, how=task.of_drafter, force=True)
 

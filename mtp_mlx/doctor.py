@@ -249,7 +249,7 @@ def _system(facts: Facts) -> Iterator[Check]:
                 "system",
                 "warning",
                 f"{facts.system}, no Mac",
-                "the program computes on this machine's processor: right, but slow; drafting gains what it measures",
+                "this machine's processor does the work: right, but slow; drafting is used where it is measured to pay",
             )
     elif facts.macos is None:
         yield _unknown("system", facts, "macos")

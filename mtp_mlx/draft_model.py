@@ -26,7 +26,8 @@ class Aside:
 
     def reserve(self, rows: int) -> None:
         """An unread block is read with one more token behind it, where the target has no room to spare perhaps."""
-        self.cache.reserve(rows + 1)
+        for layer in self.cache.layers:  # not through the cache, which would round up what has been rounded up
+            layer.reserve(rows + 1)
 
     def commit(self, count: mx.array | int) -> None:
         """Nothing to do: the drafter learns of what is kept by `advance`."""

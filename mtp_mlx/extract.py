@@ -163,7 +163,8 @@ def extract(
             _quantise(partial, file, how)
     except OSError as error:
         raise CheckpointError(f"{file} cannot be written: {error.strerror or error}") from error
-    weights = sum(size for other, size in source.files.items() if other.endswith(TENSORS))
+    given = Path(name).name if Path(name).is_file() else None
+    weights = sum(n for other, n in source.files.items() if other.endswith(TENSORS) and given in (None, other))
     beside = file.parent.joinpath("config.json").is_file()
     return Extracted(file, len(head.pieces), file.stat().st_size, weights, beside)
 

@@ -51,6 +51,7 @@ class Family:
     by_rule: tuple[str, ...]
     qat_seen: tuple[str, ...]
     qat_by_rule: tuple[str, ...]
+    carries_head: bool  # the original is released with its drafter inside
 
     def drafters(self, trained_quantised: bool) -> tuple[str, ...]:
         """All that fit, those made for such a target first, and of these the ones that were seen."""
@@ -93,7 +94,11 @@ def registry() -> Registry:
     lists = ("seen", "by_rule", "qat_seen", "qat_by_rule")
     families = (
         Family(
-            entry["name"], entry["original"], entry.get("shape", {}), *(tuple(entry.get(name, ())) for name in lists)
+            entry["name"],
+            entry["original"],
+            entry.get("shape", {}),
+            **{name: tuple(entry.get(name, ())) for name in lists},
+            carries_head=entry.get("carries_head", False),
         )
         for entry in content["families"]
     )

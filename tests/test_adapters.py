@@ -109,7 +109,24 @@ def test_what_is_no_adapter_for_this_target_is_refused(tmp_path: Path) -> None:
     refused("it was made for another", model=FIXTURES / "gemma4_ple")
     refused("PEFT", change=configured(peft_type="LORA"))
     refused("fine_tune_type 'galore'; known are lora, dora and full", change=configured(fine_tune_type="galore"))
-    refused("rank, scale and dropout", change=configured(lora_parameters={"rank": 8, "alpha": 16}))
+    refused("whole rank from 1 to", change=configured(lora_parameters={"rank": 8, "alpha": 16}))
+    whole: dict[str, Any] = {"rank": 4, "scale": 1.0, "dropout": 0.0, "keys": ["self_attn.q_proj"]}
+    wrong: dict[str, list[Any]] = {
+        "scale": [None, "x"], "rank": [0, "4", 10**15], "keys": [5, [], "self_attn.q_proj"], "dropout": [float("nan")],
+    }  # fmt: skip
+    for name, values in wrong.items():
+        for value in values:
+            refused("whole rank from 1 to", change=configured(lora_parameters=whole | {name: value}))
+
+    def whole_numbers(broken: Path) -> None:
+        tensors = mx.load(str(broken / "adapters.safetensors"))
+        assert isinstance(tensors, dict)
+        mx.save_safetensors(
+            str(broken / "adapters.safetensors"), {name: array.astype(mx.int32) for name, array in tensors.items()}
+        )
+
+    refused("expected floating-point numbers", change=whole_numbers)
+    refused("is not a folder", folder=tmp_path / "nowhere")
     refused("is not there", change=lambda broken: (broken / "adapters.safetensors").unlink())
     refused("damaged or cut short", change=lambda broken: (broken / "adapters.safetensors").write_bytes(b"12345678"))
     refused(

@@ -58,13 +58,28 @@ def test_what_does_not_fit_is_refused_with_what_does(variant: str, monkeypatch: 
         admit(pair, 599, 1, endless=True)
 
 
+def test_what_a_draft_model_adds_is_foreseen() -> None:
+    pair, _ = load(FIXTURES / "gemma4_keqv", FIXTURES / "gemma4_ple", dtype=mx.float32)
+    for tokens in (200, 500):
+        sequence = Sequence(pair, Rules())
+        sequence.prefill(varied_tokens(tokens), 512, lambda done, total: None)
+        for _ in rounds(sequence, Fixed(3), 12):
+            pass
+        foreseen = pair.target.kv_bytes(tokens + 12) + pair.drafter.kv_bytes(tokens + 12)
+        assert sequence.cache.nbytes < 1.02 * foreseen
+
+
 def test_an_endless_text_ends_where_memory_does_and_says_so(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     pair: Pair = load(FIXTURES / "gemma4_keqv", dtype=mx.float32)[0]
     monkeypatch.setattr(memory, "free_bytes", lambda: pair.target.kv_bytes(512))
-    assert admit(pair, 100, 900, endless=True) == 256
-    assert "memory holds 256 tokens after this prompt" in caplog.text
+    assert admit(pair, 100, 900, endless=True) == 412
+    assert "memory holds 412 tokens after this prompt" in caplog.text
+    assert admit(pair, 511, 400, endless=True) == 1
+    monkeypatch.setattr(memory, "free_bytes", lambda: -5)
+    with pytest.raises(RequestError, match=r", 0.0 MB are free; use a shorter prompt"):
+        admit(pair, 511, 400, endless=True)
     monkeypatch.undo()
     assert admit(pair, 100, 900, endless=True) == 900
     assert 0 < memory.free_bytes() <= memory.machine_bytes()

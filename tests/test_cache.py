@@ -273,7 +273,7 @@ def test_a_lost_row_that_is_not_finite_does_not_reach_the_state() -> None:
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("size", [32, 64, 96])
 def test_quantised_rows_are_attended_to_as_if_they_were_unpacked(bits: int, size: int) -> None:
-    layer = QuantisedCache(bits)
+    layer = QuantisedCache(bits, kv_group(size))
     cache = Cache([layer])
     cache.reserve(40)
     random = np.random.default_rng(size)

@@ -155,6 +155,11 @@ def test_drafts_are_coloured_on_a_terminal() -> None:
 BAD: dict[str, tuple[Callable[[], subprocess.CompletedProcess[str]], str]] = {
     "way of drafting": (lambda: generate("x", "--drafts", "best"), "is not one of auto, coupled, argmax, sampled"),
     "temperature of drafts": (lambda: generate("x", "--draft-temp", "0.5"), "is for --drafts sampled"),
+    "temperature of drafts without drawing": (
+        lambda: generate("x", "--drafts", "sampled", "--draft-temp", "0.5"),
+        "is for texts with --temp above 0",
+    ),
+    "prediction at depth 0": (lambda: generate("x", "--depth", "0", "--prediction", __file__), "--depth 0 allows none"),
     "bias": (lambda: generate("x", "--logit-bias", "7:4"), "is not ID=VALUE"),
     "bias of nothing": (lambda: generate("x", "--logit-bias", "999=4"), "the model's ids end at 319"),
     "prediction": (lambda: generate("x", "--prediction", "./nowhere"), "cannot be read"),

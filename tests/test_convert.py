@@ -45,6 +45,7 @@ from mtp_mlx.checkpoint import Checkpoint, Header, read_header
 from mtp_mlx.cli.convert import parse_bits
 from mtp_mlx.cli.main import app
 from mtp_mlx.convert import Precision, convert
+from mtp_mlx.draft_model import DraftModel
 from mtp_mlx.errors import CheckpointError, MTPError, PairError, RequestError
 from mtp_mlx.generate import generate
 from mtp_mlx.loading import Loaded, load_pair
@@ -229,6 +230,26 @@ def test_both_parts_come_from_the_hub(hub: Loopback, tmp_path: Path) -> None:
     assert not [path for path in done.folder.rglob("*") if path.is_symlink()]
     done = convert("Qwen/Qwen3.6-35B-A3B", tmp_path / "qwen", EXACT)
     drafts_as_torch(load_quietly(done.folder), "qwen3_5_moe_sharded")
+
+
+def test_a_smaller_model_that_drafts_comes_along_with_its_tokens(tmp_path: Path) -> None:
+    smaller = str(FIXTURES / "gemma4_keqv")
+    precision = Precision.choose(8, 32, "affine", None, mx.float32)
+    convert(str(FIXTURES / "gemma4_ple"), tmp_path / "out", precision, drafter=smaller)
+    loaded = load_pair(str(tmp_path / "out"))
+    assert isinstance(loaded.pair.drafter, DraftModel) and loaded.drafter == str(tmp_path / "out" / "assistant")
+    texts = {generate(loaded.pair, loaded.tokenizer, "import os", max_tokens=10, depth=depth) for depth in (0, 3)}
+    assert len(texts) == 1
+
+
+def test_the_folder_one_is_in_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(FIXTURES / "gemma4_keqv", tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    for output in (".", "../here"):
+        with pytest.raises(RequestError, match="is the folder that you are in"):
+            convert(
+                str(FIXTURES / "gemma4_ple"), Path(output), Precision.choose(4, 32, "affine", None, None), force=True
+            )
 
 
 def test_an_assistant_that_is_quantised_already_is_taken_as_it_is(tmp_path: Path) -> None:

@@ -193,3 +193,31 @@ def test_what_a_cache_holds_can_be_taken_out_and_put_back() -> None:
         assert layer.arrays() == []
         layer.bind([])
         assert layer.arrays() == []
+
+
+@needs_compiler
+@pytest.mark.usefixtures("compiled")
+def test_a_quantised_cache_of_a_second_sequence_is_replayed_from_its_first_token() -> None:
+    """Nothing of a prompt of one token is read before the first replay, so nothing could be noted while tracing."""
+    target, drafter = tiny_pair("gemma4_keqv")
+    first = run_rounds(target, drafter, Greedy(), [5], 8, 1, kv_bits=8)
+    second = run_rounds(target, drafter, Greedy(), [5], 8, 2, kv_bits=8)
+    assert first[0] == second[0]
+
+
+def test_a_growing_cache_is_never_in_memory_twice() -> None:
+    layers = [FullCache() for _ in range(8)]
+    cache = Cache(list(layers))
+    cache.reserve(4096)
+    rows = mx.zeros((1, 4, 8, 128))
+    for layer in layers:
+        layer.write(rows, rows, Span(0, 8))
+    cache.commit(8)
+    mx.eval(cache.arrays())
+    before = cache.nbytes
+    mx.reset_peak_memory()
+    start = mx.get_active_memory()
+    cache.reserve(4097)
+    mx.eval(cache.arrays())
+    grown = cache.nbytes - before
+    assert mx.get_peak_memory() - start < grown + before / 4

@@ -118,7 +118,12 @@ def test_errors_are_one_line_and_an_exit_code(hub: Loopback) -> None:
         f"{DENSE} is here, its drafter (published for google/gemma-4-31B-it) is not: {DENSE}-assistant is gated" in err
     )
     hub.add("a/llama", None, {"config.json": b'{"model_type": "llama"}', "model.safetensors": b""})
-    for command in (("pull", "a/llama"), ("generate", "x", "--model", "nobody/nothing"), ("pull", "")):
+    for command in (
+        ("pull", "a/llama"),
+        ("generate", "x", "--model", "nobody/nothing"),
+        ("pull", ""),
+        ("pull", "demo", "--drafter", "nosuch"),
+    ):
         code, out, err = shell(*command)
         assert (code, out, err.count("\n")) == (1, "", 1) and err.startswith("mtp-mlx: ")
 
