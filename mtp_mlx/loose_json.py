@@ -116,7 +116,6 @@ class LooseJSON:
             return False
         self._cursor.skip(len(found[0]))
         if self._cursor.next != ":" or not found[0].strip():
-            self._cursor.skip(-len(found[0]))
             return self._fail()
         self._separate()
         self._out.append(quoted(found[0].strip()))

@@ -39,9 +39,7 @@ class Marking:
     def __init__(self, markers: tuple[Marker, ...]):
         self._by_id = {marker.id: marker for marker in markers if marker.id is not None}
         self._by_text = {marker.text: marker.mark for marker in markers if marker.id is None}
-        # The longest first: a marker may begin with another.
-        choices = sorted(map(re.escape, self._by_text), key=len, reverse=True)
-        self._search = re.compile("|".join(choices)) if choices else None
+        self._search = re.compile("|".join(map(re.escape, self._by_text))) if self._by_text else None
         self._spelling = {ord(marker.mark): marker.text for marker in reversed(markers)}
         self._held = ""
 

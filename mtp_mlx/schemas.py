@@ -4,10 +4,8 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
-
-# References may go in circles.
-_DEEPEST = 8
 
 _NULLS = ("null", "None")
 _BOOLEANS = {"true": "true", "True": "true", "false": "false", "False": "false"}
@@ -29,7 +27,7 @@ class Schema:
     node: object = None
     root: object = None
 
-    @property
+    @cached_property
     def types(self) -> frozenset[str]:
         """The JSON types that are allowed; empty where nothing is said."""
         return frozenset(name for node in self._nodes(self.node) for name in _types(node))
@@ -42,7 +40,7 @@ class Schema:
                 return Schema(properties[key], self.root)
         return self._first("additionalProperties")
 
-    @property
+    @cached_property
     def item(self) -> "Schema":
         """The schema of an array's items."""
         return self._first("items")
@@ -51,16 +49,19 @@ class Schema:
         found = (node[keyword] for node in self._nodes(self.node) if isinstance(node.get(keyword), Mapping))
         return Schema(next(found, None), self.root)
 
-    def _nodes(self, node: object, depth: int = 0) -> Iterator[Mapping[str, object]]:
-        """The node, with what it refers to and its alternatives."""
-        if not isinstance(node, Mapping) or depth == _DEEPEST:
-            return
-        yield node
-        yield from self._nodes(self._referred(node.get("$ref")), depth + 1)
-        for keyword in ("anyOf", "oneOf", "allOf"):
-            alternatives = node.get(keyword)
-            for alternative in alternatives if isinstance(alternatives, list) else ():
-                yield from self._nodes(alternative, depth + 1)
+    def _nodes(self, node: object) -> Iterator[Mapping[str, object]]:
+        """The node, with what it refers to and its alternatives; each once, for references may go in circles."""
+        waiting, seen = [node], set[int]()
+        while waiting:
+            node = waiting.pop()
+            if not isinstance(node, Mapping) or id(node) in seen:
+                continue
+            seen.add(id(node))
+            yield node
+            waiting.append(self._referred(node.get("$ref")))
+            for keyword in ("anyOf", "oneOf", "allOf"):
+                alternatives = node.get(keyword)
+                waiting += reversed(alternatives) if isinstance(alternatives, list) else ()
 
     def _referred(self, reference: object) -> object:
         if not isinstance(reference, str) or not reference.startswith("#/"):

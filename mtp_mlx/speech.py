@@ -6,6 +6,7 @@ sense is said as it was written, where it stood.
 """
 
 import logging
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import groupby
@@ -64,6 +65,7 @@ Event = Content | Reasoning | ToolCallStart | ToolCallArguments | ToolCallEnd
 # More line breaks before a marker than these are text.
 _BREAKS = 8
 _QUOTES = ("'", '"', "`")
+_MARK = re.compile(f"[{MARKS}]")
 
 
 def _new_id() -> str:
@@ -108,8 +110,7 @@ class Parser:
         while self._calls is not None:
             self._read(self._take(self._calls.finish(reason == "stop")))
         if self._title is not None and self._title != self._dialect.title.rstrip("\n"):
-            self._say(self._dialect_text(Mark.THINK_OPEN) + self._title)
-        self._settle_mention()
+            self._say(self._spelled(Mark.THINK_OPEN) + self._title)
         breaks, self._breaks = self._breaks, ""
         self._emit(breaks)
         return self._given()
@@ -133,15 +134,17 @@ class Parser:
         if self._title is not None:
             return self._read_title(text)
         if self._mention is not None and text[0] == self._last:
-            self._say(self._dialect_text(self._mention))
+            self._say(self._spelled(self._mention))
             self._mention = None
         elif self._mention is not None:
             self._settle_mention()
-        mark = next((i for i, character in enumerate(text) if character in MARKS), len(text))
-        self._say(text[:mark])
-        if mark < len(text):
-            self._read_mark(Mark(text[mark]))
-        return text[mark + 1 :]
+        found = _MARK.search(text)
+        if found is None:
+            self._say(text)
+            return ""
+        self._say(text[: found.start()])
+        self._read_mark(Mark(found[0]))
+        return text[found.end() :]
 
     def _read_mark(self, mark: Mark) -> None:
         if mark is Mark.STOP:
@@ -154,7 +157,7 @@ class Parser:
         elif mark is Mark.THINK_CLOSE and self._thinking and self._last in _QUOTES:
             self._mention = mark
         elif not self._opens_or_closes(mark):
-            self._say(self._dialect_text(mark))
+            self._say(self._spelled(mark))
 
     def _opens_or_closes(self, mark: Mark) -> bool:
         """Whether the marker begins or ends reasoning, from where it stands; if so it is done."""
@@ -195,7 +198,7 @@ class Parser:
                 self._begin(thinking=True)
             return text[1:]
         said, self._title = self._title, None
-        self._say(self._dialect_text(Mark.THINK_OPEN) + said)
+        self._say(self._spelled(Mark.THINK_OPEN) + said)
         return text
 
     def _settle_mention(self) -> None:
@@ -228,7 +231,7 @@ class Parser:
         _log.warning("a tool call could not be read and is handed on as text, %d characters", len(text))
         self._say(self._marking.spell(text))
 
-    def _dialect_text(self, mark: Mark) -> str:
+    def _spelled(self, mark: Mark) -> str:
         return self._marking.spell(mark.value)
 
     def _say(self, text: str) -> None:

@@ -398,8 +398,6 @@ class _Value:
         if self._streaming:
             return '"'
         text = "".join(self._text).removeprefix("\n").removesuffix("\n")
-        if self._types == {"string"}:
-            return quoted(text)
         return scalar(text, self._types) or self._structure(text) or quoted(text)
 
     def _structure(self, text: str) -> str | None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from replies import GEMMA, QWEN, TEXT, Piece, Said, cut, gemma_call, pieces, qwen_call, say
+from replies import GEMMA, QWEN, Piece, Said, cut, gemma_call, pieces, qwen_call, say
 
 from mtp_mlx.dialects import Dialect
 
@@ -147,8 +147,12 @@ def test_surplus_behind_a_call_is_text_but_its_closing_marker_is_not() -> None:
         "",
         "{}",
         "call:\nf{}",
-    ]
-    + ["call:f{a:1", 'call:f{a:<|"|>x', 'call:f{a:x<|"|>y<|"|>}', "call:f{a:" + "x" * 5000 + "}"],
+        "call:f{a:1",
+        'call:f{a:<|"|>x',
+        'call:f{a:x<|"|>y<|"|>}',
+        "call:f{a:" + "x" * 5000 + "}",
+        "call:f{a:" + "[" * 200 + "]" * 200 + "}",
+    ],
 )
 def test_what_is_no_call_comes_back_as_text(body: str) -> None:
     text = f"<|tool_call>{body}<tool_call|>"
@@ -209,6 +213,10 @@ def test_references_are_followed_and_circles_end() -> None:
     text = "<tool_call><function=f><parameter=x>\n1\n</parameter></function></tool_call>"
     assert arguments(say(QWEN, text, {"f": schema})) == {"x": "1"}
     assert arguments(say(QWEN, text, {"f": {"additionalProperties": STRING}})) == {"x": "1"}
+    many = properties(x={"anyOf": [{"$ref": "#/properties/x"}] * 1000 + [STRING]})
+    assert arguments(say(QWEN, text, {"f": many})) == {"x": "1"}
+    for strange in (3, {"properties": 3}, properties(x=[3]), properties(x={"type": [3], "enum": 3, "anyOf": 3})):
+        assert arguments(say(QWEN, text, {"f": strange})) == {"x": 1}
 
 
 @pytest.mark.parametrize(
@@ -237,7 +245,7 @@ BLOCKS = {
     "two functions": "<function=f>\n<parameter=a>\n1\n</parameter>\n</function>\n<function=g>\n</function>\n",
     "a function not closed before the next": "<function=f><parameter=a>\n1\n</parameter>\n<function=g></function>",
     "two functions, none closed": "<function=f>\n<parameter=a>\n1\n</parameter>\n<function=g>\n",
-    "every end twice": "<function=f><parameter=a>\n1\n</parameter>\n</parameter></function></function><function=g></function>",
+    "every end twice": "<function=f><parameter=a>1</parameter></parameter></function></function>\n<function=g>\n",
 }
 
 
@@ -268,9 +276,19 @@ def test_a_call_with_forgotten_or_doubled_ends_is_a_call(body: str, end: str) ->
 
 
 def test_a_call_cut_off_behind_an_argument_is_none() -> None:
-    text = "<tool_call>\n<function=f>\n<parameter=x>\na\n</parameter>\n"
-    said = say(QWEN, text, reason="length")
-    assert said.calls == [] and said.content == text and said.finish_reason == "length"
+    for end in ("", "\n</parameter>\n"):
+        text = f"<tool_call>\n<function=f>\n<parameter=x>\na\n</parameter>{end}"
+        said = say(QWEN, text, reason="length")
+        assert said.calls == [] and said.content == text and said.finish_reason == "length"
+
+
+@pytest.mark.parametrize("size", [1, 4, 100])
+def test_only_the_broken_call_of_a_block_comes_back(size: int) -> None:
+    said = say(GEMMA, cut(pieces(GEMMA, "<|tool_call>call:f{a:1} call:g{b"), size))
+    assert said.calls == [("f", {"a": 1})] and said.content == " call:g{b"
+    first = "<tool_call><function=f><parameter=a>1</parameter></function>"
+    said = say(QWEN, cut(pieces(QWEN, f"{first}<function=g><parameter=a>\n2"), size))
+    assert said.calls == [("f", {"a": 1})] and said.content == "<function=g><parameter=a>\n2"
 
 
 @pytest.mark.parametrize(
