@@ -333,9 +333,9 @@ class Tags(_Reader):
         self._state = self._outside
 
     def _object(self, token: _Token) -> None:
-        if token.text != Mark.CALL_CLOSE:
+        if token.text not in (Mark.CALL_OPEN, Mark.CALL_CLOSE):
             self._json.append(token.text)
-        elif self._end_object():
+        elif token.text == Mark.CALL_CLOSE and self._end_object():
             self._close(marked=True)
         else:
             self._unread(token)

@@ -142,7 +142,7 @@ def gemma_value(value: object) -> list[Piece]:
         return [(TEXT, "{"), *_joined([[(TEXT, f"{key}:"), *gemma_value(value[key])] for key in sorted(value)], "}")]
     if isinstance(value, list):
         return [(TEXT, "["), *_joined([gemma_value(item) for item in value], "]")]
-    return [(TEXT, json.dumps(value))]
+    return [(TEXT, "None" if value is None else json.dumps(value))]  # some releases write null
 
 
 def _joined(parts: list[list[Piece]], end: str) -> list[Piece]:

@@ -318,6 +318,11 @@ def test_a_call_may_be_one_json_object() -> None:
         assert say(QWEN, f"<tool_call>\n{json.dumps(call)}{end}").calls == [("f", call["arguments"])]
 
 
+def test_a_call_that_is_begun_anew_does_not_take_the_next_one_along() -> None:
+    said = say(QWEN, '<tool_call>{"name": or <tool_call>\n<function=f>\n</function>\n</tool_call>')
+    assert said.calls == [("f", {})] and said.content == '<tool_call>{"name": or '
+
+
 # there and back
 
 
