@@ -369,8 +369,10 @@ def test_arguments_written_as_qwen_writes_them_come_back(
 
 
 def test_published_samples() -> None:
-    said = say(GEMMA, '<|tool_call>call:get_current_temperature{location:<|"|>London<|"|>}<tool_call|>')
+    call = '<|tool_call>call:get_current_temperature{location:<|"|>London<|"|>}<tool_call|><|tool_response>'
+    said = say(GEMMA, f"<|channel>thought\n...\n<channel|>{call}")
     assert said.calls == [("get_current_temperature", {"location": "London"})]
+    assert (said.reasoning, said.content, said.finish_reason) == ("...", "", "tool_calls")
     text = "</think>\n\nLet me check.\n\n<tool_call>\n<function=get_weather>\n<parameter=city>\nParis\n</parameter>\n"
     said = say(QWEN, f"\n\n{text}</function>\n</tool_call>", thinking=True)
     assert said.calls == [("get_weather", {"city": "Paris"})]
