@@ -81,11 +81,19 @@ class Sequence:
 
         `step` tokens are read at a time.
         """
-        self._commit()
+        for done in self.chunks(prompt, step):
+            progress(done, len(prompt))
+
+    def chunks(self, prompt: list[int], step: int) -> Iterator[int]:
+        """The same chunk by chunk: how many tokens of the prompt have been read, 0 first.
+
+        Who stops asking leaves a sequence that goes on from there.
+        """
+        self.commit()
         unread = self.text[-1:] + prompt
         self.text = self.text or prompt[:1]
         self.cache.reserve(self.length + len(unread))
-        progress(0, len(prompt))
+        yield 0
         for begin in range(0, len(unread) - 1, step):
             chunk = unread[begin : min(begin + step, len(unread) - 1)]
             tokens = mx.array(chunk, mx.int32)[None]  # (1, L)
@@ -93,10 +101,10 @@ class Sequence:
             self.ready = self.pair.drafter.reads_prompt
             self._block = _Block(tokens, output.hidden, self.length, len(chunk))
             self.text = self.text + unread[begin + 1 : begin + 1 + len(chunk)]  # so that reading can be broken off
-            self._commit()
+            self.commit()
             mx.eval(self.cache.arrays(), self.state)
             mx.clear_cache()
-            progress(begin + len(chunk), len(prompt))
+            yield begin + len(chunk)
 
     def round(self, drafts: int | list[int], split: bool = False) -> Round:
         """Let the drafter propose so many tokens, or propose these, and verify them.
@@ -105,7 +113,7 @@ class Sequence:
         """
         assert self.text, "a prompt comes first"
         clock = Clock(split)
-        self._commit(tell=drafts != 0 and isinstance(drafts, int))
+        self.commit(tell=drafts != 0 and isinstance(drafts, int))
         clock.wait(self.cache.arrays(), self.state)
 
         draft = self._draft(drafts)  # (B, k)
@@ -156,7 +164,7 @@ class Sequence:
         clock.evaluate(report, logprobs, hidden, self.cache.arrays(), self.state)
         return hidden, read(report, logprobs)
 
-    def _commit(self, tell: bool = True) -> None:
+    def commit(self, tell: bool = True) -> None:
         """Keep what is right of the newest block, in the target's cache and in the drafter's state.
 
         A drafter that is not asked next is told later, of many rows at once: plain decoding must not pay for it.
