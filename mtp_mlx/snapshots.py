@@ -130,4 +130,4 @@ def _joined(*rows: mx.array) -> mx.array:
 
 
 def _bytes(arrays: list[Any]) -> int:
-    return sum(array.nbytes for _, array in cast(list[tuple[str, mx.array]], tree_flatten(arrays)))
+    return sum(array.nbytes for array in dict[str, mx.array](tree_flatten(arrays)).values())
