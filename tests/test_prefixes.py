@@ -52,17 +52,17 @@ def test_a_conversation_that_goes_on_from_what_is_stored_is_one_that_was_read(na
     pair = _pair(name)
     prefixes = Prefixes(pair, PLENTY, every=32, near=1)
     branch = TEXT[:75] + varied_tokens(100, seed=8)
-    for text, length, stored in ((TEXT, 60, 0), (TEXT, 90, 68), (branch, 90, 64), (TEXT, 140, 94), (branch, 95, 92)):
+    for text, length, stored in ((TEXT, 60, 0), (TEXT, 90, 63), (branch, 90, 64), (TEXT, 140, 93), (branch, 95, 93)):
         with prefixes.open(text[:length], _rules(text)) as visit:
-            assert visit.cached >= stored
+            assert visit.cached == stored
             assert list(visit.read(16))[-1:] in ([length - 1], [])
             cold = open_sequence(*pair_of(name), _rules(text).sampler)
             cold.prefill(text[:length], 2048, lambda done, total: None)
-            for drafts in (0, 3, 1):
+            for drafts in (0, 3, [*text[length + 2 : length + 5], 0]):
                 mine, theirs = visit.sequence.round(drafts), cold.round(drafts)
                 assert mine.tokens == theirs.tokens and mine.accepted == theirs.accepted
                 assert gap(mine.logprobs[: len(mine.tokens)], theirs.logprobs[: len(mine.tokens)]) < EXACT
-            visit.sequence.keep(1)
+            visit.sequence.keep(2)  # a stop inside an accepted run
     assert prefixes.usage.hits == 4
 
 
@@ -97,8 +97,8 @@ def test_a_reply_is_there_for_the_next_turn() -> None:
     prefixes = Prefixes(_pair(), PLENTY, near=10)
     with prefixes.open(TEXT[:40], _rules(TEXT)) as text:
         list(text.read(32))
-        for _ in range(12):
-            text.sequence.round(3)
+        for drafts in (0, *[3] * 11):
+            text.sequence.round(drafts)
         said = text.sequence.text
     assert said == TEXT[: len(said)] and len(said) > 50
     assert _read(prefixes, [*said, 1, 2, 3]) == len(said) - 1
@@ -239,15 +239,14 @@ def test_keys_and_values_of_full_attention_are_cut_at_any_token() -> None:
 
 
 @pytest.mark.parametrize("name", ["gemma4_keqv", "qwen3_5_tied"])
-@pytest.mark.parametrize("seed", range(2))
-def test_the_budget_holds_whatever_is_done(name: str, seed: int) -> None:
+def test_the_budget_holds_whatever_is_done(name: str) -> None:
     """Random conversations, side by side, with branches and texts that are broken off."""
-    rng, pair = random.Random(seed), _pair(name)
+    rng, pair = random.Random(1), _pair(name)
     trial = Prefixes(pair, PLENTY)
     _read(trial, TEXT[:101])
-    prefixes = Prefixes(pair, int(trial.nbytes * 4.5), every=48, near=16)
+    prefixes = Prefixes(pair, int(trial.nbytes * 6.5), every=48, near=16)
     texts, running = [varied_tokens(20, seed=9)], list[Text]()
-    for _ in range(50):
+    for _ in range(60):
         if running and rng.random() < 0.5:
             text = running.pop(rng.randrange(len(running)))
             for _ in text.read(24, [rng.randrange(1, 200)]):
@@ -257,8 +256,10 @@ def test_the_budget_holds_whatever_is_done(name: str, seed: int) -> None:
             texts.append(text.sequence.text or text.prompt)
             text.__exit__(ValueError if rng.random() < 0.1 else None)
         else:
-            base = rng.choice(texts)
-            prompt = base[: rng.randint(1, len(base))] + [rng.randrange(4, 320) for _ in range(rng.randint(1, 70))]
+            base = rng.choice(texts[-4:])
+            prompt = base[: rng.choice((len(base), rng.randint(1, len(base))))] + [
+                rng.randrange(4, 320) for _ in range(rng.randint(1, 70))
+            ]
             text = prefixes.open(prompt[:300], Rules())
             assert text.sequence.text == (prompt[: text.cached + 1] if text.cached else []) and text.cached < len(
                 prompt
@@ -266,6 +267,12 @@ def test_the_budget_holds_whatever_is_done(name: str, seed: int) -> None:
             running.append(text)
         _check(prefixes)
     assert prefixes.usage.hits > 5 and prefixes.usage.evicted > 5
+    for entry in prefixes._entries[-3:]:
+        prompt = [*entry.snapshot.tokens, 7]
+        restored, cold = prefixes.open(prompt, Rules()), Sequence(pair, Rules())
+        assert restored.cached == len(prompt) - 1
+        cold.prefill(prompt, 2048, lambda done, total: None)
+        assert gap(restored.sequence.round(0).logprobs, cold.round(0).logprobs) < EXACT
 
 
 def _check(prefixes: Prefixes) -> None:

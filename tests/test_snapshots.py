@@ -39,10 +39,11 @@ PAIRS = [
     "gemma4_keqv nobody",
     "qwen3_5_tied nobody",
 ]
-CASES = [*((name, None) for name in PAIRS), ("gemma4_keqv", 8), ("qwen3_5_tied", 8)]
 FEW = ["gemma4_keqv", "qwen3_5_tied", "gemma4_keqv gemma4_ple", "qwen3_5_moe qwen3_5_tied"]
-each_case = pytest.mark.parametrize(("name", "bits"), CASES)
-CUTS = [1, WINDOW - 1, WINDOW, WINDOW + 1, 255, 256, 257]
+QUANTISED = [("gemma4_keqv", 8), ("qwen3_5_tied", 8)]
+each_case = pytest.mark.parametrize(("name", "bits"), [*((name, None) for name in PAIRS), *QUANTISED])
+few_cases = pytest.mark.parametrize(("name", "bits"), [*((name, None) for name in FEW), *QUANTISED])
+CUTS = [1, WINDOW - 1, WINDOW, WINDOW + 1, 255, 256]
 TEXT = varied_tokens(500)
 FORCED = Forced(mx.array(TEXT + [0] * 40))
 
@@ -120,10 +121,10 @@ def test_a_restored_prompt_is_one_that_was_read(name: str, bits: int | None) -> 
             _assert_same(said, _goes_on(_begun(name, cut + 5, bits), []))
 
 
-@each_case
+@few_cases
 def test_a_text_restored_after_rounds_is_one_that_was_read(name: str, bits: int | None) -> None:
     """After copies that were right in part, after drafts, and after a stop at every token of an accepted run."""
-    for length, right, stop in ((1, 0, 1), (WINDOW - 3, 3, 4), (WINDOW, 1, 2), (WINDOW, 3, 1), (252, 3, 3)):
+    for length, right, stop in ((1, 0, 1), (WINDOW - 3, 3, 4), (WINDOW, 3, 2), (252, 1, 2)):
         source = _begun(name, length, bits)
         source.round(0)
         source.round(min(3, source.pair.drafter.limit))
@@ -151,7 +152,7 @@ def test_it_can_be_restored_in_the_middle_of_a_reply(name: str) -> None:
             assert gap(mine.logprobs, theirs.logprobs) == 0
 
 
-@each_case
+@few_cases
 def test_snapshots_of_one_conversation_share_its_rows(name: str, bits: int | None) -> None:
     sequence, snapshots = _begun(name, 20, bits), list[Snapshot]()
     for turn in (3, 40, 60, 2):
@@ -161,7 +162,7 @@ def test_snapshots_of_one_conversation_share_its_rows(name: str, bits: int | Non
         snapshots.append(take(sequence, snapshots[-1]))
         here = sequence.length + 1
         sequence.prefill(TEXT[here : here + turn], 16, lambda done, total: None)
-    for snapshot in snapshots[2::2]:
+    for snapshot in snapshots[3::2]:
         length = snapshot.length
         said = _goes_on(_restored(name, snapshot, bits), TEXT[length + 1 : length + 4])
         _assert_same(said, _goes_on(_begun(name, length + 3, bits), []))
@@ -170,7 +171,7 @@ def test_snapshots_of_one_conversation_share_its_rows(name: str, bits: int | Non
     assert last.parts[-1].nbytes < take(sequence).parts[0].nbytes / 3
 
 
-@each_case
+@few_cases
 def test_what_a_sequence_does_later_does_not_change_its_snapshot(name: str, bits: int | None) -> None:
     source = _begun(name, 40, bits)
     source.round(0)
