@@ -121,7 +121,10 @@ class LayerCache(Protocol):
         ...
 
     def snapshot(self, start: int, end: int) -> Held:
-        """What it holds of the first `end` tokens, which are all that are kept; of rows those from `start` on."""
+        """What it holds of the first `end` tokens, which are all that are kept; of rows those from `start` on.
+
+        Rows of the last 32 tokens (MAX_BLOCK) may still be written as the text goes on, those before them never.
+        """
         ...
 
     def restore(self, held: Held, end: int) -> None:
