@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, cast
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from mtp_mlx.types import LayerCache, Mask, Packed, PackedRows, PlainRows, Span, Visible
+from mtp_mlx.types import Held, LayerCache, Mask, Packed, PackedRows, PlainRows, Span, Visible
 
 MAX_BLOCK = 32  # rows of the largest block that may be written while decoding: the slack of a ring
 SMALLEST = 256  # rows of the smallest bucket
@@ -87,6 +87,20 @@ class Cache:
         for layer, held in zip(self.layers, layers, strict=True):
             layer.bind(held)
 
+    def snapshot(self, start: int, end: int) -> Held:
+        """A copy of what the layers hold of the first `end` tokens, all that are kept; of rows those from `start` on.
+
+        Lists with one entry for each layer, lazily computed.
+        """
+        held = [layer.snapshot(start, end) for layer in self.layers]
+        return Held([rows for rows, _ in held], [whole for _, whole in held])
+
+    def restore(self, held: Held, end: int) -> None:
+        """Go on from what `snapshot(0, end)` gave; there is room for it, and nothing has been written yet."""
+        self.position = mx.full(self.position.shape, end, mx.int32)
+        for layer, rows, whole in zip(self.layers, *held, strict=True):
+            layer.restore(Held(rows, whole), end)
+
     @property
     def nbytes(self) -> int:
         """Bytes held by the buffers, empty capacity included."""
@@ -124,6 +138,10 @@ class _Buffers:
         pairs = zip(self.room_for(rows), rows, strict=True)
         self.held = [mx.put_along_axis(held, mx.broadcast_to(index, part.shape), part, axis=2) for held, part in pairs]
         return self.held
+
+    def copied(self, slots: mx.array) -> list[mx.array]:
+        """The rows in these slots. Never a slice: that can be a view, which would make the next write copy it all."""
+        return [mx.take(buffer, slots, axis=2) for buffer in self.held]
 
     def stored(self) -> list[mx.array]:
         assert self.held, "nothing has been written yet"
@@ -174,6 +192,14 @@ class KeyValueCache(ABC):
     def bind(self, arrays: list[mx.array]) -> None:
         self._buffers.held = arrays
 
+    @abstractmethod
+    def snapshot(self, start: int, end: int) -> Held:
+        """A copy of what is held of the first `end` tokens; of rows those from `start` on."""
+
+    @abstractmethod
+    def restore(self, held: Held, end: int) -> None:
+        """Hold what `snapshot(0, end)` gave."""
+
 
 class FullCache(KeyValueCache):
     """Every token's keys and values: slot = position."""
@@ -207,6 +233,12 @@ class FullCache(KeyValueCache):
             return "causal"
         slots = mx.arange(self._buffers.capacity)
         return (slots <= span.positions()[..., None])[:, None]  # (B, 1, L, S)
+
+    def snapshot(self, start: int, end: int) -> Held:
+        return Held(self._buffers.copied(mx.arange(start, end)), [])
+
+    def restore(self, held: Held, end: int) -> None:
+        self._buffers.put(held.rows, slice(0, end))
 
 
 class QuantisedCache(FullCache):
@@ -297,6 +329,13 @@ class SlidingCache(KeyValueCache):
         key = mx.arange(before + length)
         return (key <= query) & (key > query - self.window)
 
+    def snapshot(self, start: int, end: int) -> Held:
+        """The window in the order of time: all that the token at `end`, or a drafter one before it, can see."""
+        return Held([], self._buffers.copied(self._slots(max(0, end - self.window), end)))
+
+    def restore(self, held: Held, end: int) -> None:
+        self._buffers.put(held.whole, self._slots(max(0, end - self.window), end))
+
     def _before(self, start: int) -> int:
         """How many rows before `start` the first token of a chunk may still see."""
         return min(start, self.window - 1)
@@ -380,6 +419,13 @@ class RecurrentCache:
     def bind(self, arrays: list[mx.array]) -> None:
         self._tail, self._state, *block = arrays or (None, None)
         self._block = _Recurrence(*block) if block else None
+
+    def snapshot(self, start: int, end: int) -> Held:
+        """Tail and state themselves: they are replaced and never written, so nobody needs a copy."""
+        return Held([], self.arrays()[:2])
+
+    def restore(self, held: Held, end: int) -> None:
+        self.bind(held.whole)
 
 
 def _gated_delta(

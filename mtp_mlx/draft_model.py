@@ -5,12 +5,12 @@ recurrent layers included, with a cache of its own beside the target's.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 
 from mtp_mlx.cache import MAX_BLOCK, Cache, RecurrentCache
-from mtp_mlx.types import Pick, Span, State, Target
+from mtp_mlx.types import Held, Pick, Span, State, Target
 
 
 class Aside:
@@ -38,7 +38,24 @@ class Aside:
     def bind(self, arrays: list[Any]) -> None:
         held, unread = arrays
         self.cache.bind(held)
+        self._leave(unread)
+
+    def snapshot(self, start: int, end: int) -> Held:
+        """The draft model's own, up to where it has read, and the block that it has not read."""
+        rows, whole = self.cache.snapshot(start, end - self._behind())
+        return Held(rows, [whole, list(self.unread or ())])
+
+    def restore(self, held: Held, end: int) -> None:
+        whole, unread = held.whole
+        self._leave(unread)
+        self.cache.restore(Held(held.rows, whole), end - self._behind())
+
+    def _leave(self, unread: list[mx.array]) -> None:
         self.unread = (unread[0], unread[1]) if unread else None
+
+    def _behind(self) -> int:
+        """How many of the target's tokens it has not read; here the host waits."""
+        return cast(int, self.unread[1].item()) + 1 if self.unread else 0
 
 
 @dataclass(frozen=True)

@@ -151,7 +151,7 @@ def generation(
     running = pair if depth != 0 else replace(pair, drafter=NOBODY)
     mx.reset_peak_memory()
     sequence = Sequence(running, chooser, draw_seed() if seed is None else seed)
-    for done in sequence.read(ids, prefill_step_size):
+    for done in sequence.chunks(ids, prefill_step_size):
         yield Progress(done, len(ids))
     memory = Memory(target=pair.target.nbytes, drafter=pair.drafter.nbytes)
     stats = Stats(len(ids), memory=memory, compiled=compiles())

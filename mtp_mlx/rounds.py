@@ -81,12 +81,15 @@ class Sequence:
 
         `step` tokens are read at a time.
         """
-        for done in self.read(prompt, step):
+        for done in self.chunks(prompt, step):
             progress(done, len(prompt))
 
-    def read(self, prompt: list[int], step: int) -> Iterator[int]:
-        """The same in pieces that others can come between: tokens of the prompt read so far, 0 at first."""
-        self._commit()
+    def chunks(self, prompt: list[int], step: int) -> Iterator[int]:
+        """The same chunk by chunk: how many tokens of the prompt have been read, 0 first.
+
+        Who stops asking leaves a sequence that goes on from there.
+        """
+        self.commit()
         unread = self.text[-1:] + prompt
         self.text = self.text or prompt[:1]
         self.cache.reserve(self.length + len(unread))
@@ -98,7 +101,7 @@ class Sequence:
             self.ready = self.pair.drafter.reads_prompt
             self._block = _Block(tokens, output.hidden, self.length, len(chunk))
             self.text = self.text + unread[begin + 1 : begin + 1 + len(chunk)]  # so that reading can be broken off
-            self._commit()
+            self.commit()
             mx.eval(self.cache.arrays(), self.state)
             mx.clear_cache()
             yield begin + len(chunk)
@@ -110,7 +113,7 @@ class Sequence:
         """
         assert self.text, "a prompt comes first"
         clock = Clock(split)
-        self._commit(tell=drafts != 0 and isinstance(drafts, int))
+        self.commit(tell=drafts != 0 and isinstance(drafts, int))
         clock.wait(self.cache.arrays(), self.state)
 
         draft = self._draft(drafts)  # (B, k)
@@ -161,7 +164,7 @@ class Sequence:
         clock.evaluate(report, logprobs, hidden, self.cache.arrays(), self.state)
         return hidden, read(report, logprobs)
 
-    def _commit(self, tell: bool = True) -> None:
+    def commit(self, tell: bool = True) -> None:
         """Keep what is right of the newest block, in the target's cache and in the drafter's state.
 
         A drafter that is not asked next is told later, of many rows at once: plain decoding must not pay for it.

@@ -94,6 +94,13 @@ class PackedRows(NamedTuple):
         )
 
 
+class Held(NamedTuple):
+    """A copy of what a layer holds of a text, or a list of such for several layers: nothing in it is written again."""
+
+    rows: list[Any]  # of each token by itself, arrays (B, H, tokens, *) or lists of them: they can be cut and joined
+    whole: list[Any]  # of the text as a whole, which is right at its end and nowhere else
+
+
 class LayerCache(Protocol):
     """What one layer remembers of a sequence: keys and values, or a recurrent state."""
 
@@ -111,6 +118,17 @@ class LayerCache(Protocol):
 
     def bind(self, arrays: list[Any]) -> None:
         """Hold these in their place: what a traced step has made of them."""
+        ...
+
+    def snapshot(self, start: int, end: int) -> Held:
+        """What it holds of the first `end` tokens, which are all that are kept; of rows those from `start` on.
+
+        Rows of the last 32 tokens (MAX_BLOCK) may still be written as the text goes on, those before them never.
+        """
+        ...
+
+    def restore(self, held: Held, end: int) -> None:
+        """Hold what `snapshot(0, end)` gave, in buffers of its own, for which there is room."""
         ...
 
 

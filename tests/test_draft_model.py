@@ -32,7 +32,7 @@ LENGTH = 60
 
 def _says(sequence: Sequence, k: int) -> mx.array:
     """What the draft model says after the newest token, (V,), in a draft of k tokens that nobody looks at."""
-    sequence._commit()
+    sequence.commit()
     heard = Recorder()
     sequence.pair.drafter.draft(sequence.state, sequence.cache, mx.array(sequence.text[-1:]), k, heard)
     return normalise(heard.logits[0][0])[0]

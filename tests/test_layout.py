@@ -35,6 +35,9 @@ ALLOWED = {
     "mtp_mlx.depth": {"chances", "costs", "errors"},
     "mtp_mlx.clock": set(),
     "mtp_mlx.rounds": {"", "cache", "choosing", "clock", "copying", "depth", "errors", "programs", "types"},
+    "mtp_mlx.snapshots": {"cache", "choosing", "rounds", "types"},
+    "mtp_mlx.trie": set(),
+    "mtp_mlx.prefixes": {"choosing", "rounds", "snapshots", "trie", "types"},
     "mtp_mlx.stats": {"depth", "rounds"},
     "mtp_mlx.generate": {
         "admission",

@@ -71,7 +71,7 @@ class Watched:
 
 def chain(sequence: Sequence, head: Head | None = None) -> Recorder:
     """The draft steps that would come next, once the newest round is committed."""
-    sequence._commit()
+    sequence.commit()
     pick, drafter = Recorder(), head or sequence.pair.drafter
     assert isinstance(drafter, Head)
     drafter.draft(sequence.state, sequence.cache, mx.array(sequence.text[-1:]), STEPS, pick)
@@ -203,7 +203,7 @@ def steered(variant: str, truth: list[int], prompt: int) -> tuple[Sequence, Stee
 
 def same_memory(sequence: Sequence, fresh: Sequence) -> None:
     """Both have read the same text: the head holds the same pairs and would begin its draft from the same hidden."""
-    sequence._commit()
+    sequence.commit()
     assert sequence.length == fresh.length
     for mine, theirs in zip(pairs_of(sequence, fresh.length - 1), pairs_of(fresh, fresh.length - 1), strict=True):
         close(mine, np.array(theirs))

@@ -174,7 +174,7 @@ def test_a_drafter_goes_on_after_a_stop_as_if_it_had_read_the_whole(variant: str
     fresh.prefill(text[: here + 6], 2048, silent)
     for each in (sequence, fresh):
         each.round(0)
-        each._commit()
+        each.commit()
     drafts = [each._draft(6).tokens.tolist() for each in (sequence, fresh)]
     assert drafts[0] == drafts[1]
 
@@ -419,8 +419,8 @@ def test_a_drafter_that_was_not_asked_for_long_knows_the_text_when_it_is(variant
         sequence.round([*text[here : here + 3], 0])
         while told.length < sequence.length:
             told.round(0)
-            told._commit()  # tells it at once
-        sequence._commit()
+            told.commit()  # tells it at once
+        sequence.commit()
         assert sequence.length == told.length
         drafts = [each._draft(5).tokens.tolist() for each in (sequence, told)]
         assert drafts[0] == drafts[1]

@@ -1,0 +1,133 @@
+"""What a sequence has made of a text, taken out so that another one can go on from there.
+
+Keys and values of every token are cut to the tokens read, and shared by all snapshots whose texts begin alike: each
+holds a part of its own behind those of the snapshot it goes on from. Rings, recurrent states and what a drafter knows
+are right at one place only and are held whole. Nothing of it lies in a buffer that anybody writes.
+"""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, cast
+
+import mlx.core as mx
+from mlx.utils import tree_flatten, tree_map
+
+from mtp_mlx.cache import MAX_BLOCK
+from mtp_mlx.choosing import Callables, Rules
+from mtp_mlx.rounds import Sequence
+from mtp_mlx.types import Held, Pair, State
+
+# The last rows of a text may be written once more by whoever goes on: Qwen's head pairs a token with the one after it,
+# a draft model reads its newest block late. So a part begins so many tokens before the end of the one before it.
+OVERLAP = MAX_BLOCK
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Keys and values of a run of tokens, for every layer that holds them token by token."""
+
+    start: int
+    rows: list[Any]  # for each layer: arrays (1, H, tokens, *) or lists of them
+
+    @cached_property
+    def nbytes(self) -> int:
+        return _bytes(self.rows)
+
+    def until(self, end: int) -> list[Any]:
+        """The rows of tokens start .. end-1."""
+        return cast(list[Any], tree_map(lambda rows: rows[:, :, : end - self.start], self.rows))
+
+
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """A sequence at the point at which it has read `tokens` and nothing else."""
+
+    tokens: list[int]
+    parts: tuple[Part, ...]  # in the order of time, each beginning at most OVERLAP tokens before the last one's end
+    whole: list[Any]  # for each layer what cannot be cut
+    state: State  # the drafter's
+    ready: bool  # whether the drafter has been told of the last token
+
+    @property
+    def length(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, those of parts that are shared included."""
+        return sum(part.nbytes for part in self.parts) + self.own_nbytes
+
+    @cached_property
+    def own_nbytes(self) -> int:
+        """Bytes held beside the parts."""
+        return _bytes([self.whole, list(self.state)])
+
+    @property
+    def cuttable(self) -> bool:
+        """Whether it can be cut to fewer tokens: if it is nothing but keys and values of every token."""
+        return not tree_flatten([self.whole, list(self.state)])
+
+    def until(self, end: int) -> "Snapshot":
+        """The same after fewer tokens, with the same parts. Only where it is cuttable."""
+        assert self.cuttable and 0 < end <= self.length
+        parts = tuple(part for part in self.parts if part.start < end)
+        return replace(self, tokens=self.tokens[:end], parts=parts)
+
+    def compute(self) -> None:
+        """Make the copies, if they have not been made yet; until then the sequence must not go on."""
+        mx.eval([part.rows for part in self.parts], self.whole, self.state)
+
+    def held(self) -> Held:
+        """All of it, each token's rows once: those of the latest part that has them."""
+        ends = [part.start for part in self.parts[1:]] + [self.length]
+        rows = [part.until(end) for part, end in zip(self.parts, ends, strict=True)]
+        if len(rows) == 1:
+            return Held(rows[0], self.whole)
+        return Held(cast(list[Any], tree_map(_joined, *rows)), self.whole)
+
+
+def take(sequence: Sequence, base: Snapshot | None = None) -> Snapshot:
+    """A snapshot of a sequence that has read something, at its present length.
+
+    With a `base`, one of this text at an earlier point, it shares the parts of that.
+    """
+    snapshot = outline(sequence, base)
+    snapshot.compute()
+    return snapshot
+
+
+def outline(sequence: Sequence, base: Snapshot | None = None) -> Snapshot:
+    """The same without making the copies: its size is known, `compute` does the rest."""
+    sequence.commit()
+    end = sequence.length
+    assert end > 0, "nothing has been read yet"
+    assert base is None or sequence.text[: base.length] == base.tokens, "the base is of another text"
+    start = max(0, base.length - OVERLAP) if base else 0
+    earlier = [part for part in base.parts if part.start < start] if base else []
+    rows, whole = sequence.cache.snapshot(start, end)
+    return Snapshot(sequence.text[:end], (*earlier, Part(start, rows)), whole, sequence.state, sequence.ready)
+
+
+def restore(
+    pair: Pair, chooser: Rules | Callables, snapshot: Snapshot, last: int, seed: int = 0, room: int = 0
+) -> Sequence:
+    """A sequence with buffers of its own that goes on from a snapshot, taken with the same pair.
+
+    `last` is the token after those of the snapshot, which the sequence will read next. `room` is how many tokens are
+    known to follow altogether, so that buffers need not grow while a prompt is read.
+    """
+    sequence = Sequence(pair, chooser, seed)
+    end = snapshot.length
+    sequence.cache.reserve(max(end + 1, room))
+    sequence.cache.restore(snapshot.held(), end)
+    sequence.text, sequence.state, sequence.ready = [*snapshot.tokens, last], snapshot.state, snapshot.ready
+    mx.eval(sequence.cache.arrays(), sequence.state)
+    return sequence
+
+
+def _joined(*rows: mx.array) -> mx.array:
+    return mx.concatenate(list(rows), axis=2)
+
+
+def _bytes(arrays: list[Any]) -> int:
+    return sum(array.nbytes for array in dict[str, mx.array](tree_flatten(arrays)).values())
