@@ -178,8 +178,17 @@ def test_waypoints_go_before_ends_and_never_in_their_place() -> None:
     _read(prefixes, varied_tokens(101, seed=3))
     assert _held(prefixes) == [80, 100, 100] and prefixes._trie.get(TEXT[:80]) is None
     prefixes.every = 70
-    _read(prefixes, varied_tokens(72, seed=4))
-    assert _held(prefixes) == [71, 100, 100] or _held(prefixes) == [80, 100, 100]
+    _read(prefixes, varied_tokens(110, seed=4))  # a waypoint at 70 finds no room, so there is one for the end
+    assert _held(prefixes) == [100, 100, 109]
+
+
+def test_a_waypoint_that_was_of_use_is_no_less_than_an_end() -> None:
+    prefixes = Prefixes(_pair(), _room_for(2.1), every=40)
+    _read(prefixes, varied_tokens(71, seed=1))
+    _read(prefixes, TEXT[:101])  # a waypoint at 80
+    assert _read(prefixes, [*TEXT[:80], 1, 2, 3]) == 80
+    _read(prefixes, varied_tokens(75, seed=2))
+    assert _held(prefixes) == [74, 80]
 
 
 def test_what_does_not_fit_at_all_evicts_nothing() -> None:
@@ -300,8 +309,8 @@ def test_the_bytes_counted_are_the_bytes_held() -> None:
 
 def test_a_sequence_is_given_room_for_the_whole_prompt_at_once() -> None:
     prefixes = Prefixes(_pair(), PLENTY, every=16, near=1)
-    for length in (300, 400):
+    for length, room in ((200, 256), (400, 512)):
         with prefixes.open(TEXT[:length], Rules()) as text:
             capacity = text.sequence.cache.capacity
             list(text.read(16))
-            assert isinstance(text.sequence, Sequence) and text.sequence.cache.capacity == capacity == 512
+            assert isinstance(text.sequence, Sequence) and text.sequence.cache.capacity == capacity == room
