@@ -69,7 +69,7 @@ def _forced_rows(variant: str, prompt: int) -> tuple[list[int], Forced, mx.array
 
 
 @pytest.mark.parametrize("variant", ROUNDS)
-@pytest.mark.parametrize("k", range(1, 8))
+@pytest.mark.parametrize("k", [1, 3, 5, 7])  # the stronger test below has them all
 def test_greedy_speculation_equals_plain_decoding(variant: str, k: int) -> None:
     target, _ = tiny_pair(variant)
     for length in _prompts(variant):
