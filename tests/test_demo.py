@@ -17,7 +17,7 @@ from mtp_mlx.hub import DEMOS
 
 HELD_OUT = Path(__file__).parent.parent / "bench" / "demo" / "heldout.json"
 PROMPTS = 21
-TOKENS = 200
+TOKENS = 128
 
 
 def _prompts() -> list[str]:
