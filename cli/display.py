@@ -177,6 +177,8 @@ def stats_table(last: Response, parts: Mapping[str, str], show_drafts: bool) -> 
         legend = "  ".join(f"[{style}]{name}[/]" for name, style in STYLES.items() if name != "plain")
         _stderr.print(f"\n{legend}")
     table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column()
+    table.add_column(overflow="fold")  # a path is of no use without its end
     for name, value in (*parts.items(), *_rows(stats, last)):
         table.add_row(name, escape(value))
     _stderr.print()
