@@ -10,10 +10,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from mtp_mlx.cli.display import Notes, size
-from mtp_mlx.cli.options import Drafter, KvBits
-from mtp_mlx.errors import RequestError
+from mtp_mlx.cli.options import Drafter, KvBits, parse_kv_bits
 from mtp_mlx.forecast import ACCEPTANCE
-from mtp_mlx.outline import CONTEXTS, KV_BITS, Outline, outline
+from mtp_mlx.outline import CONTEXTS, Outline, outline
 
 
 def command(
@@ -36,10 +35,9 @@ def command(
 
     Example: mtp-mlx inspect mlx-community/gemma-4-12B-it-4bit --context 8192 65536 --kv-bits 8
     """
-    if kv_bits not in KV_BITS:
-        raise RequestError(f"--kv-bits {kv_bits} is not one of {', '.join(KV_BITS)}")
+    bits = parse_kv_bits(kv_bits)
     with Notes(verbose=False), Console(stderr=True).status(escape(f"reading what {model} says of itself")):
-        found = outline(model, drafter, [*(context or ()), *(more or ())] or CONTEXTS, KV_BITS[kv_bits], acceptance)
+        found = outline(model, drafter, [*(context or ()), *(more or ())] or CONTEXTS, bits, acceptance)
     if as_json:
         typer.echo(json.dumps(found.figures(), indent=1))
     else:

@@ -39,7 +39,7 @@ Adapter = Annotated[
 ]
 
 DTYPES = {"auto": None, "float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
-_BITS: dict[str, int | None] = {"none": None, "4": 4, "8": 8}
+_BITS: dict[str, int | None] = {"none": None, "8": 8, "4": 4}
 
 
 @dataclass(frozen=True)
@@ -54,16 +54,15 @@ class Parts:
     adapter: str | None = None
 
     def load(self) -> Loaded:
-        dtype, drafter_bits, kv_bits = parse_dtype(self.dtype), _drafter_bits(self.drafter_bits), self._kv_bits()
+        dtype, drafter_bits, kv_bits = (
+            parse_dtype(self.dtype),
+            _drafter_bits(self.drafter_bits),
+            parse_kv_bits(self.kv_bits),
+        )
         with loading(self.model, self.drafter):
             return load_pair(
                 self.model, self.drafter, dtype, drafter_bits=drafter_bits, kv_bits=kv_bits, adapter=self.adapter
             )
-
-    def _kv_bits(self) -> int | None:
-        if self.kv_bits not in _BITS:
-            raise RequestError(f"--kv-bits {self.kv_bits} is not one of {', '.join(_BITS)}")
-        return _BITS[self.kv_bits]
 
 
 def parse_dtype(name: str) -> mx.Dtype | None:
@@ -71,6 +70,13 @@ def parse_dtype(name: str) -> mx.Dtype | None:
     if name not in DTYPES:
         raise RequestError(f"--dtype {name} is not one of {', '.join(DTYPES)}")
     return DTYPES[name]
+
+
+def parse_kv_bits(given: str) -> int | None:
+    """The number, None for 'none'. Raises RequestError for anything else."""
+    if given not in _BITS:
+        raise RequestError(f"--kv-bits {given} is not one of {', '.join(_BITS)}")
+    return _BITS[given]
 
 
 def _drafter_bits(given: str) -> Bits:

@@ -390,6 +390,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return _object(content, str(path))
 
 
+def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a config says of the text model: its `text_config`, or all of it where there is none."""
+    inner = config.get("text_config")
+    return inner if isinstance(inner, Mapping) else config
+
+
 def _object(value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{where} is a JSON {type(value).__name__}, expected an object")

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 
 import mlx.core as mx
 
-from mtp_mlx.checkpoint import INDEX, Checkpoint, Header, TensorEntry, read_header, read_json
+from mtp_mlx.checkpoint import INDEX, Checkpoint, Header, TensorEntry, read_header, read_json, text_part
 from mtp_mlx.errors import CheckpointError, RequestError
 from mtp_mlx.hub import TENSORS, Remote, local
 from mtp_mlx.loading import has_own_head, head_names, refuse_headless, sidecar_name, stored_raw, unfused_head
@@ -289,18 +289,13 @@ def _check_place(source: Source, name: str, target: Checkpoint) -> None:
 
 def check_fits(config: Mapping[str, Any], name: str, target: Checkpoint) -> None:
     """Raises CheckpointError where a head's config is not that of the target."""
-    theirs, ours = _text(config), _text(target.config)
+    theirs, ours = text_part(config), text_part(target.config)
     for key in ("hidden_size", "vocab_size", "num_experts"):
         if theirs.get(key) != ours.get(key):
             raise CheckpointError(
                 f"the head in {name} belongs to another target: {key} {theirs.get(key)}, {target.folder} has "
                 f"{ours.get(key)}; use the original that this target was converted from"
             )
-
-
-def _text(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    inner = config.get("text_config")
-    return inner if isinstance(inner, Mapping) else config
 
 
 def _check_space(head: Head, folder: Path, partial: Path, how: Affine | None) -> None:

@@ -17,6 +17,7 @@ import mlx.nn as nn
 from huggingface_hub import snapshot_download
 
 from mtp_mlx import memory
+from mtp_mlx.checkpoint import text_part
 from mtp_mlx.errors import CheckpointError, MTPError, RequestError
 from mtp_mlx.forecast import ACCEPTANCE, DEEPEST, OVERLAP, Estimate, chips, estimate, this_chip
 from mtp_mlx.hollow import hollow
@@ -27,7 +28,6 @@ from mtp_mlx.pairs import choose
 from mtp_mlx.sketch import Sketch, precision
 
 CONTEXTS = (4096, 32768, 131072)
-KV_BITS = {"none": None, "8": 8, "4": 4}
 
 
 class Context(NamedTuple):
@@ -283,8 +283,7 @@ def _kinds(layout: memory.Layout) -> dict[str, int]:
 
 
 def _trained(config: Mapping[str, Any]) -> int | None:
-    text = config.get("text_config")
-    given = (text if isinstance(text, Mapping) else config).get("max_position_embeddings")
+    given = text_part(config).get("max_position_embeddings")
     return given if isinstance(given, int) else None
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from huggingface_hub import metadata_load
 
-from mtp_mlx.checkpoint import Checkpoint, read_header, read_json
+from mtp_mlx.checkpoint import Checkpoint, read_header, read_json, text_part
 from mtp_mlx.errors import CheckpointError
 from mtp_mlx.hub import first_line, is_hub_id
 from mtp_mlx.models.base import is_head
@@ -80,8 +80,7 @@ class Registry:
 
     def like(self, config: Mapping[str, Any]) -> tuple[Family, ...]:
         """The families with the shape of a config."""
-        text = config.get("text_config")
-        entries = text if isinstance(text, Mapping) else config
+        entries = text_part(config)
         known = [family for family in self.families if family.shape]
         return tuple(f for f in known if all(entries.get(name) == value for name, value in f.shape.items()))
 

@@ -14,7 +14,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models.switch_layers import SwitchLinear
 
-from mtp_mlx.checkpoint import Checkpoint
+from mtp_mlx.checkpoint import Checkpoint, text_part
 from mtp_mlx.errors import CheckpointError
 from mtp_mlx.memory import Network
 from mtp_mlx.models.base import HEAD_WIDTH
@@ -35,8 +35,7 @@ class Sketch(Checkpoint):
         return [] if self.bare else super().shards()
 
     def names(self) -> set[str]:
-        text = self.config.get("text_config")
-        promised = (text if isinstance(text, Mapping) else self.config).get("mtp_num_hidden_layers")
+        promised = text_part(self.config).get("mtp_num_hidden_layers")
         return {f"mtp.{HEAD_WIDTH}"} if self.bare and promised else super().names()
 
     def fill(
