@@ -1,0 +1,109 @@
+"""A server over a tiny model whose every word is given: real tokens, markers included, through the real engine."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import mlx.core as mx
+from conftest import FIXTURES, Forced
+from mlx_lm.tokenizer_utils import BPEStreamingDetokenizer, TokenizerWrapper
+from replies import tokenizer
+from starlette.testclient import TestClient
+
+from mtp_mlx.engine import Engine, Request, Stream
+from mtp_mlx.loading import Loaded, load_pair
+from mtp_mlx.prefixes import Prefixes
+from mtp_mlx.server.app import make_app
+from mtp_mlx.server.guard import Access
+from mtp_mlx.server.limits import Limits
+from mtp_mlx.server.service import Defaults, Service
+
+MARKERS = ["<|im_start|>", "<|im_end|>", "<think>", "</think>", "<tool_call>", "</tool_call>"]
+GAPS = ["<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"]
+END = "<|im_end|>"
+TEMPLATE = """\
+{%- if tools %}<|im_start|>system
+{{ tools | tojson }}<|im_end|>
+{% endif %}
+{%- for message in messages %}<|im_start|>{{ message.role }}
+{{ message.content }}
+{%- for call in message.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}<|im_end|>
+{% endfor %}
+{%- if add_generation_prompt %}<|im_start|>assistant
+{% if enable_thinking %}<think>
+{% endif %}{% endif %}"""
+CALL = (
+    "<tool_call>\n<function=weather>\n<parameter=city>\nParis\n</parameter>\n"
+    "<parameter=days>\n3\n</parameter>\n</function>\n</tool_call>"
+)
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "The weather.",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string"}, "days": {"type": "integer"}},
+        },
+    },
+}
+USER = [{"role": "user", "content": "Hello?"}]
+
+
+class Scripted(Engine):
+    """An engine whose model says what is in `script`, then ends, or goes on if it is told not to stop."""
+
+    script: str | None = None
+    seen: list[Request]
+
+    def __init__(self, loaded: Loaded, **options: Any):
+        self.seen = []
+        self.words = loaded.tokenizer
+        super().__init__(loaded.pair, loaded.tokenizer, Prefixes(loaded.pair, 10**8, near=8), **options)
+
+    def stream(self, request: Request) -> Stream:
+        self.seen.append(request)
+        if self.script is None:
+            return super().stream(request)
+        said = self.words.encode(self.script, add_special_tokens=False)
+        end = self.words.eos_token_id
+        # Drafts need a few tokens beyond the end.
+        text = mx.array([0] * len(request.prompt) + said + [end] * 64, mx.int32)
+        mx.eval(text)
+        return super().stream(replace(request, options=replace(request.options, sampler=Forced(text), drafts="argmax")))
+
+
+@cache
+def tiny_loaded(infill: bool = True) -> Loaded:
+    """A tiny model with a tokenizer that knows markers, and a chat template."""
+    loaded = load_pair(str(FIXTURES / "qwen3_5_tied"), dtype=mx.float32)
+    plain = tokenizer(*MARKERS, *(GAPS if infill else []))
+    plain.eos_token = END
+    plain.chat_template = TEMPLATE
+    ids = {plain.convert_tokens_to_ids(END)}
+    wrapped = TokenizerWrapper(plain, BPEStreamingDetokenizer, eos_token_ids=ids)
+    return replace(loaded, tokenizer=wrapped, target="org/tiny")
+
+
+@contextmanager
+def serving(
+    *,
+    infill: bool = True,
+    limits: Limits | None = None,
+    access: Access | None = None,
+    defaults: Defaults | None = None,
+    context: int | None = None,
+    **options: Any,
+) -> Iterator[tuple[TestClient, Scripted]]:
+    """A client of an application, and the engine behind it."""
+    loaded = tiny_loaded(infill)
+    engine = Scripted(loaded, **options)
+    service = Service.of(loaded, engine, slots=4, names=("tiny",), context=context, defaults=defaults)
+    app = make_app(service, limits, access or Access(hosts=frozenset({"testserver"})))
+    try:
+        with TestClient(app, raise_server_exceptions=False) as client:
+            yield client, engine
+    finally:
+        engine.close(10)
