@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from mtp_mlx.cli import bench, chat, convert, doctor, extract, generate, inspect, models, pull, verify
+from mtp_mlx.cli import bench, chat, convert, doctor, extract, generate, inspect, models, pull, serve, verify
 from mtp_mlx.errors import MTPError
 
 app = typer.Typer(
@@ -22,6 +22,7 @@ app = typer.Typer(
 )
 app.command(name="generate")(generate.command)
 app.command(name="chat")(chat.command)
+app.command(name="serve")(serve.command)
 app.command(name="inspect")(inspect.command)
 app.command(name="bench")(bench.command)
 app.command(name="verify")(verify.command)

@@ -14,7 +14,7 @@ from mtp_mlx.errors import MTPError
 from mtp_mlx.server.asking import Task
 from mtp_mlx.server.ledger import CLIENT_GONE, Account
 from mtp_mlx.server.limits import Limits
-from mtp_mlx.server.refusal import Refusal, refusal
+from mtp_mlx.server.refusal import RefusedError, refusal
 from mtp_mlx.server.reply import Reply
 from mtp_mlx.server.service import Service
 from mtp_mlx.server.shape import Chunk, Shape
@@ -26,7 +26,7 @@ _STREAM = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-cont
 
 
 class Answer(Response):
-    """Writes texts as they come. An error before the first byte raises; after it, it is the last thing in the stream."""
+    """Writes texts as they come. An error before the first byte raises; after it, a stream ends with it."""
 
     def __init__(
         self, service: Service, limits: Limits, task: Task, replies: Sequence[Reply], shape: Shape, streamed: bool
@@ -121,7 +121,7 @@ async def _send(send: Send, data: bytes) -> None:
 
 def _failure(error: Exception, account: Account) -> Chunk:
     """What a stream ends with when it cannot go on."""
-    if isinstance(error, Refusal):
+    if isinstance(error, RefusedError):
         return error.body
     if isinstance(error, MTPError):
         return refusal(error).body
@@ -129,9 +129,9 @@ def _failure(error: Exception, account: Account) -> Chunk:
     return fault(account).body
 
 
-def fault(account: Account) -> Refusal:
+def fault(account: Account) -> RefusedError:
     """For a fault of ours, of which a client learns nothing else."""
-    return Refusal(500, f"a fault in the server; its log has it as {account.id}", code="fault")
+    return RefusedError(500, f"a fault in the server; its log has it as {account.id}", code="fault")
 
 
 def _json(value: Chunk) -> bytes:

@@ -1,6 +1,6 @@
 """The application: routes, what guards them, and how errors are told."""
 
-from fastapi import FastAPI, Request
+from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
@@ -13,7 +13,7 @@ from mtp_mlx.server.guard import Access, Guard
 from mtp_mlx.server.ledger import Account, Ledger
 from mtp_mlx.server.limits import Limits
 from mtp_mlx.server.metrics import Metrics
-from mtp_mlx.server.refusal import Refusal, refusal, unfit
+from mtp_mlx.server.refusal import RefusedError, refusal, unfit
 from mtp_mlx.server.service import Service
 from mtp_mlx.server.telling import Telling
 from mtp_mlx.server.writing import Writing
@@ -30,24 +30,25 @@ def make_app(service: Service, limits: Limits | None = None, access: Access | No
     for router in (writing.router(), telling.router()):
         app.include_router(router, prefix="/v1")
         app.include_router(router, include_in_schema=False)
+        metrics.routes |= {prefix + path for path in _paths(router) for prefix in ("", "/v1")}
     for router in (writing.llama_router(), telling.llama_router()):
         app.include_router(router)
-    metrics.routes = frozenset(_paths(app))
+        metrics.routes |= _paths(router)
     app.add_middleware(Guard, access=access or Access(), limits=limits)
     app.add_middleware(Ledger, metrics=metrics)
-    _tell_errors(app)
+    _tell_errors(app, ", ".join(sorted(metrics.routes)))
     return app
 
 
-def _paths(app: FastAPI) -> list[str]:
-    return [route.path for route in app.routes if isinstance(route, APIRoute)]
+def _paths(router: APIRouter) -> set[str]:
+    return {route.path for route in router.routes if isinstance(route, APIRoute)}
 
 
-def _tell_errors(app: FastAPI) -> None:
+def _tell_errors(app: FastAPI, routes: str) -> None:
     """Every error leaves in the same shape."""
 
-    @app.exception_handler(Refusal)
-    async def refused(request: Request, error: Refusal) -> JSONResponse:
+    @app.exception_handler(RefusedError)
+    async def refused(request: Request, error: RefusedError) -> JSONResponse:
         return error.response()
 
     @app.exception_handler(MTPError)
@@ -60,7 +61,7 @@ def _tell_errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def lost(request: Request, error: HTTPException) -> JSONResponse:
-        return _explained(request, error, app).response()
+        return _explained(request, error, routes).response()
 
     @app.exception_handler(Exception)
     async def broken(request: Request, error: Exception) -> JSONResponse:
@@ -71,11 +72,10 @@ def _tell_errors(app: FastAPI) -> None:
         return answer
 
 
-def _explained(request: Request, error: HTTPException, app: FastAPI) -> Refusal:
+def _explained(request: Request, error: HTTPException, routes: str) -> RefusedError:
     where = f"{request.method} {request.url.path}"[:120]
     if error.status_code == 404:
-        known = ", ".join(sorted({path for path in _paths(app)}))
-        return Refusal(404, f"there is no {where}; there are {known}", code="no_route")
+        return RefusedError(404, f"there is no {where}; there are {routes}", code="no_route")
     if error.status_code == 405:
-        return Refusal(405, f"{where} is not served; use another method", headers=error.headers)
-    return Refusal(error.status_code, str(error.detail), headers=error.headers)
+        return RefusedError(405, f"{where} is not served; use another method", headers=error.headers)
+    return RefusedError(error.status_code, str(error.detail), headers=error.headers)

@@ -13,7 +13,7 @@ from mtp_mlx.options import Options
 from mtp_mlx.penalties import Penalties
 from mtp_mlx.sampling import Sampler, choose_sampler
 from mtp_mlx.server.limits import Limits
-from mtp_mlx.server.refusal import Refusal, too_long
+from mtp_mlx.server.refusal import RefusedError, too_long
 from mtp_mlx.server.service import Service
 from mtp_mlx.server.wire import (
     ChatRequest,
@@ -63,7 +63,7 @@ class Asking:
         self._service, self._limits = service, limits
 
     def chat(self, body: ChatRequest) -> Task:
-        """Raises Refusal, or RequestError, for what cannot be served."""
+        """Raises RefusedError, or RequestError, for what cannot be served."""
         self._service.check_name(body.model)
         tools = self._offered(body)
         prompt = self._prompt(body, tools)
@@ -74,7 +74,9 @@ class Asking:
             thinking=prompt.starts_thinking,
             stops=self._service.dialect.stops,
         )
-        asked = Request(prompt.ids, options, body.stops, prompt.marks, body.top_logprobs or 0 if body.logprobs else None)
+        asked = Request(
+            prompt.ids, options, body.stops, prompt.marks, body.top_logprobs or 0 if body.logprobs else None
+        )
         voice = Voice(
             chat=True,
             tools=_schemas(tools),
@@ -88,7 +90,7 @@ class Asking:
         return self._service.conversations.text(*_conversation(body, body.tools or []), **self._templating(body))
 
     def completion(self, body: CompletionRequest) -> Task:
-        """Raises Refusal, or RequestError, for what cannot be served."""
+        """Raises RefusedError, or RequestError, for what cannot be served."""
         self._service.check_name(body.model)
         grammar = self._guided(body)
         asked = []
@@ -98,7 +100,7 @@ class Asking:
         return self._copied(asked, body, Voice())
 
     def infill(self, body: InfillRequest) -> Task:
-        """Raises Refusal, or RequestError, for what cannot be served."""
+        """Raises RefusedError, or RequestError, for what cannot be served."""
         self._service.check_name(body.model)
         extra = [(file.filename or "", file.text) for file in body.input_extra or ()]
         ids, stops = self._between(body.input_prefix, body.input_suffix, extra)
@@ -125,19 +127,21 @@ class Asking:
         """The tools that the model is told of: the chosen one, where one was chosen."""
         tools, choice = body.tools or [], body.tool_choice
         if len(tools) > self._limits.tools or len(body.model_dump_json(include={"tools"})) > self._limits.tools_size:
-            raise Refusal(
+            raise RefusedError(
                 400,
                 f"{len(tools)} tools are too many or too large; at most {self._limits.tools} tools "
                 f"of {self._limits.tools_size} bytes are taken",
                 param="tools",
             )
         if choice in ("required",) and not tools:
-            raise Refusal(400, "tool_choice asks for a call and there are no tools; give some", param="tool_choice")
+            raise RefusedError(400, "tool_choice asks for a call and there are no tools; give some", param="tool_choice")
         if not isinstance(choice, ChosenTool):
             return [] if choice == "none" else tools
         chosen = [tool for tool in tools if tool.function.name == choice.function.name]
         if not chosen:
-            raise Refusal(400, f"tool_choice names {choice.function.name[:80]!r}, which is no tool", param="tool_choice")
+            raise RefusedError(
+                400, f"tool_choice names {choice.function.name[:80]!r}, which is no tool", param="tool_choice"
+            )
         return chosen
 
     def _chat_grammar(self, body: ChatRequest, tools: list[Tool]) -> Grammar | None:
@@ -145,10 +149,12 @@ class Asking:
         shaped = wanted is not None and wanted.type != "text"
         if isinstance(body.tool_choice, ChosenTool) or body.tool_choice == "required":
             if guided or shaped:
-                raise Refusal(400, "a call is asked for and a format of text too; give one of them", param="tool_choice")
+                raise RefusedError(
+                    400, "a call is asked for and a format of text too; give one of them", param="tool_choice"
+                )
             return Grammar.tool_calls(self._service.guide, self._service.dialect, _schemas(tools))
         if guided and shaped:
-            raise Refusal(400, "two formats are asked for; give one of them", param="response_format")
+            raise RefusedError(400, "two formats are asked for; give one of them", param="response_format")
         if isinstance(wanted, SchemaFormat):
             return self._schema(wanted.json_schema.schema_, "response_format")
         if isinstance(wanted, PlainFormat) and shaped:
@@ -158,7 +164,7 @@ class Asking:
     def _guided(self, body: Generation) -> Grammar | None:
         given = [name for name in ("guided_json", "guided_regex", "guided_grammar") if name in body.model_fields_set]
         if len(given) > 1:
-            raise Refusal(400, f"{' and '.join(given)} are asked for; give one of them", param=given[1])
+            raise RefusedError(400, f"{' and '.join(given)} are asked for; give one of them", param=given[1])
         if body.guided_json is not None:
             return self._schema(body.guided_json, "guided_json")
         if body.guided_regex is not None:
@@ -173,7 +179,7 @@ class Asking:
 
     def _sized(self, text: str, param: str) -> str:
         if len(text.encode()) > self._limits.schema:
-            raise Refusal(400, f"{param} is larger than {self._limits.schema} bytes; shorten it", param=param)
+            raise RefusedError(400, f"{param} is larger than {self._limits.schema} bytes; shorten it", param=param)
         return text
 
     def _raw_prompts(self, body: CompletionRequest) -> list[tuple[str, list[int], frozenset[int]]]:
@@ -195,7 +201,7 @@ class Asking:
         """Token ids of a text with a gap, and what ends its filling."""
         infill = self._service.infill
         if infill is None:
-            raise Refusal(
+            raise RefusedError(
                 400,
                 f"{self._service.name} has no tokens for filling in the middle of a text; leave the suffix out",
                 param="suffix",
@@ -244,7 +250,7 @@ class Asking:
         beyond = [token for token in bias if token >= self._service.vocabulary]
         if beyond:
             message = f"token {beyond[0]} is not in the vocabulary; ids end at {self._service.vocabulary - 1}"
-            raise Refusal(400, message, param="logit_bias")
+            raise RefusedError(400, message, param="logit_bias")
         reach = body.repeat_last_n or PENALTY_CONTEXT
         repetition = body.repeat_penalty
         if isinstance(body, Generation) and repetition is None:
@@ -263,7 +269,7 @@ class Asking:
         """The same again for `n` choices; each has a seed of its own."""
         copies = body.n or 1
         if copies * len(asked) > self._limits.choices:
-            raise Refusal(
+            raise RefusedError(
                 400,
                 f"{copies} choices for {len(asked)} prompts are more texts than {self._limits.choices}; ask for fewer",
                 param="n",
@@ -272,9 +278,7 @@ class Asking:
         return Task(requests, voice, copies, predicted=body.prediction is not None)
 
 
-def _conversation(
-    body: ChatTemplating, tools: list[Tool]
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def _conversation(body: ChatTemplating, tools: list[Tool]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Messages and tools as a template is to see them."""
     messages = [message.model_dump(exclude_none=True) for message in body.messages]
     return messages, [tool.model_dump(exclude_none=True) for tool in tools]

@@ -3,7 +3,7 @@
 import json
 import re
 
-from mtp_mlx.server.refusal import Refusal
+from mtp_mlx.server.refusal import RefusedError
 
 _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
 _BRACKET = re.compile(rb"[\[\]{}]")
@@ -11,13 +11,13 @@ _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def check_body(body: bytes, nesting: int) -> None:
-    """Raises Refusal for a body that would break whoever reads it. What is no JSON at all is left to the parser."""
+    """Raises RefusedError for a body that would break whoever reads it. What is no JSON at all is left to the parser."""
     try:
         body.decode()
     except UnicodeDecodeError as error:
-        raise Refusal(400, f"the body is not UTF-8: {error.reason} at byte {error.start}") from None
+        raise RefusedError(400, f"the body is not UTF-8: {error.reason} at byte {error.start}") from None
     if _depth(body, nesting) > nesting:
-        raise Refusal(400, f"the body's JSON is nested more than {nesting} deep; make it flatter")
+        raise RefusedError(400, f"the body's JSON is nested more than {nesting} deep; make it flatter")
     if _SURROGATE.search(body):
         _check_surrogates(body)
 
@@ -37,6 +37,6 @@ def _check_surrogates(body: bytes) -> None:
     try:
         json.dumps(json.loads(body), ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        raise Refusal(400, "the body has half of a surrogate pair, which is no text; send whole characters") from None
+        raise RefusedError(400, "the body has half of a surrogate pair, which is no text; send whole characters") from None
     except ValueError:  # the parser will say it
         return

@@ -103,13 +103,13 @@ def _change(event: Event) -> Chunk | None:
             return {"content": text}
         case Reasoning(text):
             return {"reasoning_content": text}
-        case ToolCallStart(index, id, name):
-            return {"tool_calls": [{"index": index, **_call(id, name, "")}]}
+        case ToolCallStart(index, key, name):
+            return {"tool_calls": [{"index": index, **_call(key, name, "")}]}
         case ToolCallArguments(index, fragment):
             return {"tool_calls": [{"index": index, "function": {"arguments": fragment}}]}
         case _:
             return None
 
 
-def _call(id: str, name: str, arguments: str) -> Chunk:
-    return {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
+def _call(key: str, name: str, arguments: str) -> Chunk:
+    return {"id": key, "type": "function", "function": {"name": name, "arguments": arguments}}

@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mtp_mlx.server.body import check_body
 from mtp_mlx.server.limits import MIB, Limits
-from mtp_mlx.server.refusal import Refusal
+from mtp_mlx.server.refusal import RefusedError
 
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 ANYWHERE = frozenset({"0.0.0.0", "::"})
@@ -85,7 +85,7 @@ class Guard:
                 return
             self._check_key(scope, headers)
             receive = await self._take_body(scope, headers, receive)
-        except Refusal as refusal:
+        except RefusedError as refusal:
             await refusal.response()(scope, receive, send)
             return
         await self.app(scope, receive, send)
@@ -101,20 +101,20 @@ class Guard:
         hosts = headers.getlist("host")
         if len(hosts) != 1 or not self.access.knows(hosts[0]):
             shown = ", ".join(hosts)[:80] or "none"
-            raise Refusal(403, f"this server is not called {shown!r}; start it with --allow-host for other names")
+            raise RefusedError(403, f"this server is not called {shown!r}; start it with --allow-host for other names")
         origins = headers.getlist("origin")
         if not origins:
             return None
         if len(origins) > 1 or not self.access.welcomes(origins[0], hosts[0]):
             shown = ", ".join(origins)[:80]
-            raise Refusal(403, f"pages of {shown!r} may not ask this server; start it with --allow-origin for them")
+            raise RefusedError(403, f"pages of {shown!r} may not ask this server; start it with --allow-origin for them")
         return origins[0]
 
     def _check_key(self, scope: Scope, headers: Headers) -> None:
         if scope["path"] in OPEN and scope["method"] in ("GET", "HEAD"):
             return
         if not self.access.holds(headers):
-            raise Refusal(
+            raise RefusedError(
                 401,
                 "the API key is missing or wrong; send 'Authorization: Bearer KEY' or 'x-api-key: KEY'",
                 code="invalid_api_key",
@@ -128,7 +128,7 @@ class Guard:
             async with asyncio.timeout(self.limits.arrival):
                 body = await _read(receive, self.limits.body)
         except TimeoutError:
-            raise Refusal(
+            raise RefusedError(
                 408, f"the body did not come within {self.limits.arrival:g} seconds", headers=_CLOSE
             ) from None
         if len(body) > MIB:
@@ -144,16 +144,16 @@ _CLOSE: Mapping[str, str] = {"Connection": "close"}  # what is still on its way 
 def _check_length(headers: Headers, method: str, most: int) -> None:
     length = headers.get("content-length")
     if length is not None and not length.isdecimal():
-        raise Refusal(400, f"content-length {length[:20]!r} is no number", headers=_CLOSE)
+        raise RefusedError(400, f"content-length {length[:20]!r} is no number", headers=_CLOSE)
     if length is not None and int(length[:20]) > most:
-        raise Refusal(413, _too_large(most), headers=_CLOSE)
+        raise RefusedError(413, _too_large(most), headers=_CLOSE)
     if method != "POST":
         return
     if length is None and "chunked" not in headers.get("transfer-encoding", "").lower():
-        raise Refusal(411, "a body is needed, with a content-length or in chunks")
+        raise RefusedError(411, "a body is needed, with a content-length or in chunks")
     kind = headers.get("content-type", "")
     if kind.partition(";")[0].strip().lower() != "application/json":
-        raise Refusal(415, f"content-type {kind[:80]!r} is not application/json", headers=_CLOSE)
+        raise RefusedError(415, f"content-type {kind[:80]!r} is not application/json", headers=_CLOSE)
 
 
 async def _read(receive: Receive, most: int) -> bytes:
@@ -161,11 +161,11 @@ async def _read(receive: Receive, most: int) -> bytes:
     while more:
         message = await receive()
         if message["type"] == "http.disconnect":
-            raise Refusal(400, "the body is cut off", headers=_CLOSE)
+            raise RefusedError(400, "the body is cut off", headers=_CLOSE)
         chunks.append(message.get("body", b""))
         size += len(chunks[-1])
         if size > most:
-            raise Refusal(413, _too_large(most), headers=_CLOSE)
+            raise RefusedError(413, _too_large(most), headers=_CLOSE)
         more = message.get("more_body", False)
     return b"".join(chunks)
 

@@ -17,8 +17,8 @@ class Metrics:
         self.routes = frozenset[str]()  # paths that are counted each for itself
         self._registry = registry = CollectorRegistry()
 
-        def counter(name: str, help: str, labels: tuple[str, ...] = ()) -> Counter:
-            return Counter(f"mtp_mlx_{name}", help, labels, registry=registry)
+        def counter(name: str, words: str, labels: tuple[str, ...] = ()) -> Counter:
+            return Counter(f"mtp_mlx_{name}", words, labels, registry=registry)
 
         self._requests = counter("requests", "Requests", ("route", "outcome"))
         self._prompt = counter("prompt_tokens", "Tokens of prompts")
@@ -64,8 +64,8 @@ class Metrics:
 
 
 def _gauges(registry: CollectorRegistry, engine: Engine) -> None:
-    def gauge(name: str, help: str) -> Gauge:
-        return Gauge(f"mtp_mlx_{name}", help, registry=registry)
+    def gauge(name: str, words: str) -> Gauge:
+        return Gauge(f"mtp_mlx_{name}", words, registry=registry)
 
     gauge("requests_live", "Texts that are read or written").set_function(lambda: engine.load.live)
     gauge("requests_waiting", "Texts that wait for their turn").set_function(lambda: engine.load.waiting)

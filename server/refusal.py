@@ -21,7 +21,7 @@ _TYPES = {
 _SHOWN = 80  # characters of a wrong value that an error repeats
 
 
-class Refusal(Exception):
+class RefusedError(Exception):
     """A request that is not served."""
 
     def __init__(
@@ -63,27 +63,27 @@ class ErrorBody(BaseModel):
     error: Error
 
 
-def refusal(error: MTPError) -> Refusal:
+def refusal(error: MTPError) -> RefusedError:
     """What an error of ours means for a client."""
     match error:
         case BusyError():
-            return Refusal(503, str(error), code="unavailable", headers=RETRY)
+            return RefusedError(503, str(error), code="unavailable", headers=RETRY)
         case RequestError():
-            return Refusal(400, str(error))
+            return RefusedError(400, str(error))
         case CheckpointError():
-            return Refusal(400, str(error), code="model_cannot")
+            return RefusedError(400, str(error), code="model_cannot")
         case _:
-            return Refusal(500, str(error))
+            return RefusedError(500, str(error))
 
 
-def too_busy(error: BusyError) -> Refusal:
+def too_busy(error: BusyError) -> RefusedError:
     """For a request that found no place in the queue."""
-    return Refusal(429, str(error), code="rate_limit_exceeded", headers=RETRY)
+    return RefusedError(429, str(error), code="rate_limit_exceeded", headers=RETRY)
 
 
-def too_long(prompt: int, context: int) -> Refusal:
+def too_long(prompt: int, context: int) -> RefusedError:
     """For a prompt that leaves no room. Clients look for these words, and shorten what they send."""
-    return Refusal(
+    return RefusedError(
         400,
         f"this model's maximum context length is {context} tokens and the prompt has {prompt}; "
         f"shorten it to at most {context - 1}",
@@ -93,7 +93,7 @@ def too_long(prompt: int, context: int) -> Refusal:
     )
 
 
-def unfit(errors: Sequence[Mapping[str, Any]]) -> Refusal:
+def unfit(errors: Sequence[Mapping[str, Any]]) -> RefusedError:
     """For a body that does not fit its model. Of several errors the deepest is the one that was meant."""
     error = max(errors, key=lambda error: len(error["loc"]))
     where = ".".join(str(step) for step in error["loc"] if step != "body" and _is_name(step))
@@ -103,7 +103,7 @@ def unfit(errors: Sequence[Mapping[str, Any]]) -> Refusal:
         message = f"{where or 'a body'} is missing"
     else:
         message = f"{where or 'the body'}: {_plain(error)}"
-    return Refusal(400, message, param=where or None)
+    return RefusedError(400, message, param=where or None)
 
 
 def _plain(error: Mapping[str, Any]) -> str:

@@ -39,9 +39,7 @@ class Reply:
         self.stop: str | None = None
         self.first: float | None = None  # when the first token came
         self._voice = voice
-        self._parser = (
-            Parser(dialect, tools=voice.tools, starts_thinking=voice.starts_thinking) if voice.chat else None
-        )
+        self._parser = Parser(dialect, tools=voice.tools, starts_thinking=voice.starts_thinking) if voice.chat else None
         self._thinks = voice.starts_thinking
         self._unsaid: list[Token] = []  # tokens that no delta has told of
 
@@ -76,8 +74,8 @@ class Reply:
             if isinstance(said, ToolCallStart) and said.index in whole:
                 begun[said.index] = said.id, said.name, ""
             elif isinstance(said, ToolCallArguments) and said.index in whole:
-                id, name, arguments = begun[said.index]
-                begun[said.index] = id, name, arguments + said.fragment
+                key, name, arguments = begun[said.index]
+                begun[said.index] = key, name, arguments + said.fragment
         return begun
 
     @property

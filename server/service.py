@@ -13,7 +13,7 @@ from mtp_mlx.engine import Engine
 from mtp_mlx.grammar import Guide
 from mtp_mlx.infill import Infill, find_infill
 from mtp_mlx.loading import Loaded
-from mtp_mlx.server.refusal import Refusal
+from mtp_mlx.server.refusal import RefusedError
 
 
 @dataclass(frozen=True)
@@ -95,10 +95,10 @@ class Service:
         return f"fp_{hashlib.sha256(told.encode()).hexdigest()[:10]}"
 
     def check_name(self, given: str | None) -> None:
-        """Raises Refusal for a model that is not the one served; nothing is ever loaded for a request."""
+        """Raises RefusedError for a model that is not the one served; nothing is ever loaded for a request."""
         known = {*self.names, *(name.rstrip("/").rpartition("/")[2] for name in self.names)}
         if given is not None and given not in known:
-            raise Refusal(
+            raise RefusedError(
                 404,
                 f"the model {given[:80]!r} is not served here; ask for {self.name!r}, or leave model out",
                 param="model",

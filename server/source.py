@@ -13,7 +13,7 @@ class Source:
     """What comes of some requests. Made and read on an event loop; has to be closed."""
 
     def __init__(self, engine: Engine, requests: Sequence[Request]):
-        """Raises Refusal where the queue has no room for all of them."""
+        """Raises RefusedError where the queue has no room for all of them."""
         self._loop, self._changed = asyncio.get_running_loop(), asyncio.Event()
         self._streams = {}
         try:

@@ -7,7 +7,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = {"mtp_mlx": ROOT / "mtp_mlx", "mtp_mlx.models": ROOT / "models", "mtp_mlx.cli": ROOT / "cli"}
+FOLDERS = {
+    "mtp_mlx": ROOT / "mtp_mlx",
+    "mtp_mlx.models": ROOT / "models",
+    "mtp_mlx.cli": ROOT / "cli",
+    "mtp_mlx.server": ROOT / "server",
+}
 
 # What each module of ours may import of ours. One direction: nothing below imports anything above.
 ALLOWED = {
@@ -202,7 +207,7 @@ def test_every_folder_and_every_data_file_is_in_the_package() -> None:
     for package, folder in FOLDERS.items():
         assert (ROOT / setup["package-dir"][package]).samefile(folder)
         assert not [path for path in folder.glob("*/__init__.py") if not path.parent.is_symlink()], "keep folders flat"
-    for name in ("models", "cli"):
+    for name in ("models", "cli", "server"):
         assert (ROOT / "mtp_mlx" / name).is_symlink()
     patterns = setup["package-data"]["mtp_mlx"]
     listed = {path for pattern in patterns for path in (ROOT / "mtp_mlx").glob(pattern) if path.is_file()}
@@ -223,6 +228,7 @@ def test_every_module_is_described() -> None:
 def test_every_test_file_has_a_subject(path: Path) -> None:
     subject = path.stem.removeprefix("test_")
     known = {name.split(".")[-1] for name in _modules()} | {"layout", "readme", "demo", "wheel", "cli"}
+    known |= {name.removeprefix("mtp_mlx.").replace(".", "_") for name in _modules()}
     assert subject in known
 
 
