@@ -208,11 +208,14 @@ def test_a_prompt_that_was_broken_off_goes_on_where_it_was(loaded: Loaded) -> No
     served.close(10)
 
 
-def test_two_texts_at_a_time_do_not_share_what_one_measures(loaded: Loaded, engine: Engine) -> None:
-    streams = [engine.stream(Request(varied_tokens(30), Options(40))) for _ in range(2)]
-    assert [len(tokens_of(stream)) for stream in streams] == [40, 40]
+def test_two_texts_at_a_time_do_not_share_what_one_measures(loaded: Loaded) -> None:
+    texts = [generation(*loaded, varied_tokens(30, seed=i), Options(40)) for i in range(2)]
+    for text in (*texts, *texts):
+        next(text)
     policies = loaded[0].measured["auto"]
-    assert len(policies) == 2 and not any(measured.busy for measured in policies)
+    assert len(policies) == 2 and all(measured.busy for measured in policies)
     assert policies[0].policy is not policies[1].policy
-    tokens_of(engine.stream(Request(varied_tokens(30), Options(5))))
-    assert len(loaded[0].measured["auto"]) == 2, "a later text goes on with one of them"
+    for text in texts:
+        text.close()
+    list(generation(*loaded, varied_tokens(30), Options(5)))
+    assert len(policies) == 2 and not any(measured.busy for measured in policies), "a later text takes one of them"
