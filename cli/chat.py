@@ -1,19 +1,32 @@
 """`mtp-mlx chat`: a conversation in the terminal, one line after the other."""
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import suppress
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from mtp_mlx.cli.display import Notes, Progress, Writer, note, stats_table
-from mtp_mlx.cli.options import Adapter, Drafter, DrafterBits, Dtype, KvBits, Model, Parts, parse_depth
+from mtp_mlx.cli.options import (
+    Adapter,
+    Drafter,
+    DrafterBits,
+    Dtype,
+    KvBits,
+    Model,
+    Parts,
+    PromptCache,
+    parse_depth,
+    parse_prompt_cache,
+)
 from mtp_mlx.engine import Engine, Piece, Request
 from mtp_mlx.errors import MTPError, RequestError
-from mtp_mlx.generate import Response, check_text, rendered
+from mtp_mlx.generate import check_text, rendered
 from mtp_mlx.hub import DEMO
 from mtp_mlx.loading import Loaded
+from mtp_mlx.options import Options
+from mtp_mlx.prefixes import Prefixes
 from mtp_mlx.sampling import choose_sampler
 
 HELP = """\
@@ -41,17 +54,15 @@ def command(
     dtype: Dtype = "auto",
     drafter_bits: DrafterBits = "auto",
     kv_bits: KvBits = "none",
+    prompt_cache: PromptCache = "auto",
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Report what is decided about the files.")] = False,
 ) -> None:
     """Talk to a model. Each line is a message; /help lists what else can be said.
 
     Example: mtp-mlx chat --model google/gemma-4-E4B-it --temp 1 --top-p 0.95
     """
-    options = {
-        "depth": parse_depth(depth),
-        "sampler": choose_sampler(temp, top_p, min_p, top_k),
-        "seed": seed,
-    }
+    options = Options(max_tokens, parse_depth(depth), choose_sampler(temp, top_p, min_p, top_k), seed=seed)
+    cached = parse_prompt_cache(prompt_cache)
     with Notes(verbose) as notes:
         loaded = Parts(model, drafter, dtype, drafter_bits, kv_bits, adapter).load()
         if not loaded.tokenizer.has_chat_template:
@@ -59,18 +70,18 @@ def command(
         if verbose or (drafter == "auto" and not loaded.expected):
             note(f"drafter: {loaded.drafter or 'none'} ({loaded.drafter_reason})")
         notes.show()
-        Conversation(loaded, system, max_tokens, options, notes).run()
+        Conversation(loaded, system, options, cached, notes).run()
 
 
 class Conversation:
     """What was said, and the engine that answers."""
 
-    def __init__(self, loaded: Loaded, system: str | None, max_tokens: int, options: Mapping[str, Any], notes: Notes):
-        self._loaded, self._max_tokens, self._options, self._notes = loaded, max_tokens, options, notes
+    def __init__(self, loaded: Loaded, system: str | None, options: Options, cached: int, notes: Notes):
+        self._loaded, self._options, self._notes = loaded, options, notes
         self._begin = [{"role": "system", "content": system}] if system else []
         self._said = list(self._begin)
-        self._engine = Engine(loaded.pair, loaded.tokenizer)
-        self._last: Response | None = None
+        self._engine = Engine(loaded.pair, loaded.tokenizer, Prefixes(loaded.pair, cached))
+        self._last: Piece | None = None
 
     def run(self) -> None:
         try:
@@ -88,7 +99,8 @@ class Conversation:
         if line == "/clear":
             self._said = list(self._begin)
         elif line == "/stats" and self._last:
-            stats_table(self._last, {"drafter": self._loaded.drafter or "none"}, show_drafts=False)
+            ended = self._last.finish_reason or "broken off"
+            stats_table(self._last.stats, ended, {"drafter": self._loaded.drafter or "none"})
         elif line in ("/help", "/stats"):
             note(HELP if line == "/help" else "nothing has been answered yet")
         elif line.startswith("/"):
@@ -99,15 +111,13 @@ class Conversation:
     def _answer(self, line: str) -> None:
         check_text(line)
         asked = [*self._said, {"role": "user", "content": line}]
-        stream = self._engine.stream(
-            Request(rendered(self._loaded.tokenizer, asked), self._max_tokens, options=self._options)
-        )
+        stream = self._engine.stream(Request(rendered(self._loaded.tokenizer, asked), self._options))
         writer, text = Writer(show_drafts=False), ""
         with Progress() as progress, suppress(KeyboardInterrupt):
             for event in stream:
                 if isinstance(event, Piece):
                     writer.write(event.text, "plain")
-                    text, self._last = text + event.text, event.response
+                    text, self._last = text + event.text, event
                 else:
                     progress(event.done, event.total)
         stream.close()

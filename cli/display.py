@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.style import Style
 from rich.table import Table
 
-from mtp_mlx.generate import Origin, Response
+from mtp_mlx.generate import Origin
 from mtp_mlx.loading import fetch
 from mtp_mlx.stats import Stats
 
@@ -170,28 +170,25 @@ class Writer:
             sys.stdout.flush()
 
 
-def stats_table(last: Response, parts: Mapping[str, str], show_drafts: bool) -> None:
-    """What was loaded, by part, and the figures of a generation; on stderr."""
-    stats = last.stats
+def stats_table(stats: Stats, ended: str | None, parts: Mapping[str, str], show_drafts: bool = False) -> None:
+    """What was loaded, by part, and the figures of a generation and why it ended; on stderr."""
     if show_drafts:
         legend = "  ".join(f"[{style}]{name}[/]" for name, style in STYLES.items() if name != "plain")
         _stderr.print(f"\n{legend}")
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column()
     table.add_column(overflow="fold")  # a path is of no use without its end
-    for name, value in (*parts.items(), *_rows(stats, last)):
+    for name, value in (*parts.items(), *_rows(stats, ended)):
         table.add_row(name, escape(value))
     _stderr.print()
     _stderr.print(table)
 
 
-def _rows(stats: Stats, last: Response) -> Iterator[tuple[str, str]]:
+def _rows(stats: Stats, ended: str | None) -> Iterator[tuple[str, str]]:
     memory = stats.memory
-    yield "prompt", f"{stats.prompt_tokens} tokens, {stats.prompt_tps:.1f} tok/s"
-    yield (
-        "generated",
-        f"{last.generation_tokens} tokens, {stats.generation_tps:.1f} tok/s ({last.finish_reason})",
-    )
+    cached = f" ({stats.cached_tokens} of them read before)" if stats.cached_tokens else ""
+    yield "prompt", f"{stats.prompt_tokens} tokens{cached}, {stats.prompt_tps:.1f} tok/s"
+    yield "generated", f"{stats.generation_tokens} tokens, {stats.generation_tps:.1f} tok/s ({ended})"
     yield "first token", f"{stats.ttft_seconds:.3f} s"
     built = "" if stats.compiled else "; built anew each time, as no compiler was found"
     yield "rounds", f"{stats.rounds}, {stats.tokens_per_round:.2f} tokens per round{built}"

@@ -14,8 +14,6 @@ from mtp_mlx.cli.display import Notes, Progress, Writer, note, stats_table, vers
 from mtp_mlx.cli.options import Adapter, Drafter, DrafterBits, Dtype, KvBits, Model, Parts, parse_depth
 from mtp_mlx.errors import RequestError
 from mtp_mlx.generate import (
-    DEFAULT_MAX_TOKENS,
-    DEFAULT_PREFILL_STEP,
     Response,
     check_text,
     in_chat_template,
@@ -23,6 +21,7 @@ from mtp_mlx.generate import (
 )
 from mtp_mlx.hub import DEMO, DEMOS
 from mtp_mlx.loading import Loaded
+from mtp_mlx.options import DEFAULT_MAX_TOKENS, DEFAULT_PREFILL_STEP
 from mtp_mlx.penalties import Penalties
 from mtp_mlx.sampling import Sample, Sampler, choose_sampler
 
@@ -219,7 +218,8 @@ def _print_text(responses: Iterator[Response], show_drafts: bool, loaded: Loaded
     writer.finish()
     if loaded:
         drafter = f"{loaded.drafter or 'none'} ({loaded.drafter_reason})"
-        stats_table(last, {"drafter": drafter} | ({"adapter": loaded.adapter} if loaded.adapter else {}), show_drafts)
+        parts = {"drafter": drafter} | ({"adapter": loaded.adapter} if loaded.adapter else {})
+        stats_table(last.stats, last.finish_reason, parts, show_drafts)
 
 
 def _print_json(responses: Iterator[Response], loaded: Loaded) -> None:

@@ -1,11 +1,13 @@
 """What several commands ask for: the parts of a pair and how they are held, parsed and loaded in one way."""
 
+import re
 from dataclasses import dataclass
 from typing import Annotated
 
 import mlx.core as mx
 import typer
 
+from mtp_mlx import memory
 from mtp_mlx.cli.display import loading
 from mtp_mlx.drafter_bits import Bits
 from mtp_mlx.errors import RequestError
@@ -36,6 +38,12 @@ KvBits = Annotated[
 Adapter = Annotated[
     str | None,
     typer.Option(help="Folder or hub id of a fine-tune of the target in mlx-lm's format (LoRA, DoRA, full)."),
+]
+PromptCache = Annotated[
+    str,
+    typer.Option(
+        help="Memory for what was read before, such as 512MB or 4GB; 'auto' is a quarter of what is free, 0 none."
+    ),
 ]
 
 DTYPES = {"auto": None, "float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
@@ -95,3 +103,13 @@ def parse_depth(depth: str) -> int | str:
         return int(depth)
     except ValueError:
         raise RequestError(f"--depth {depth} is neither 'auto' nor a number of drafts") from None
+
+
+def parse_prompt_cache(given: str) -> int:
+    """Bytes, once the model is loaded. Raises RequestError for anything but a size."""
+    if given == "auto":
+        return max(0, memory.free_bytes()) // 4
+    size = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]?)b?", given.strip(), re.IGNORECASE)
+    if size is None:
+        raise RequestError(f"--prompt-cache {given} is neither 'auto' nor a size such as 512MB or 4GB")
+    return int(float(size[1]) * {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}[size[2].lower()])

@@ -2,28 +2,42 @@
 
 import logging
 from bisect import bisect_right
+from typing import NamedTuple
 
 from mtp_mlx import memory
 from mtp_mlx.errors import RequestError
 from mtp_mlx.types import Pair
 
+LIKELY = 4096  # tokens of a text that may be as long as it likes
+
 _log = logging.getLogger(__name__)
 
 
-def admit(pair: Pair, prompt: int, budget: int, *, endless: bool) -> int:
-    """How many tokens may follow a prompt of so many tokens: `budget`, or fewer if it is all that the context holds
+class Admission(NamedTuple):
+    """What a text is given."""
+
+    tokens: int  # that may follow its prompt
+    short: int  # bytes of what may be evicted that have to go for it
+
+
+def admit(pair: Pair, prompt: int, budget: int, *, endless: bool, evictable: int = 0) -> Admission:
+    """What a prompt of so many tokens is given: `budget` tokens, or fewer if it is all that the context holds
     (`endless`) and memory does not.
 
-    Raises RequestError where keys and values would not fit beside what is in memory already.
+    Raises RequestError where keys and values would not fit beside what is in memory already, `evictable` bytes of
+    that apart.
     """
     free = max(0, memory.free_bytes())
-    if _needed(pair, prompt + budget) <= free:
-        return budget
-    most = bisect_right(range(1, budget + 1), free, key=lambda count: _needed(pair, prompt + count))
-    if endless and most:
+    room = free + evictable
+    if _needed(pair, prompt + budget) > room:
+        most = bisect_right(range(1, budget + 1), room, key=lambda count: _needed(pair, prompt + count))
+        if not endless or not most:
+            raise RequestError(_refusal(pair, prompt, budget, room))
         _log.warning("memory holds %d tokens after this prompt; the text ends there at the latest", most)
-        return most
-    raise RequestError(_refusal(pair, prompt, budget, free))
+        budget = most
+    # A text without an end of its own is not likely to need all that it may take.
+    sure = _needed(pair, prompt + (min(budget, LIKELY) if endless else budget))
+    return Admission(budget, max(0, sure - free))
 
 
 def _needed(pair: Pair, tokens: int, kv_bits: int | None = None) -> int:

@@ -7,15 +7,18 @@ import logging
 import queue
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Literal, NamedTuple, cast
 
+import mlx.core as mx
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mtp_mlx.errors import BusyError, MTPError
-from mtp_mlx.generate import Progress, Response, generation, wired
+from mtp_mlx.generate import Origin, Progress, Response, generation, wired
+from mtp_mlx.options import Options
+from mtp_mlx.prefixes import Prefixes, Usage
+from mtp_mlx.stats import Stats
 from mtp_mlx.stops import StopText
 from mtp_mlx.types import Pair
 
@@ -31,35 +34,71 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be generated. `options` are those of `stream_generate`."""
+    """What is to be generated."""
 
     prompt: list[int]
-    max_tokens: int = -1
+    options: Options = field(default_factory=Options)
     stop: tuple[str, ...] = ()  # texts that end the output and are not a part of it
-    options: Mapping[str, Any] = field(default_factory=dict)
+    marks: tuple[int, ...] = ()  # numbers of tokens of the prompt after which other prompts may differ
+    top_logprobs: int | None = None  # how many of the most probable tokens are told of; None: not even the chosen one's
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token that has come for good."""
+
+    id: int
+    text: str  # what it adds; "" while a character is incomplete, and only its beginning if a stop text follows
+    origin: Origin
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()  # ids and log-probabilities, the most probable one first
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Text that has come for good, no stop text begins in it. The last piece says why there is no more."""
+    """Tokens that have come for good: no stop text begins in them. The last piece says why there are no more."""
 
-    text: str
-    response: Response  # of the newest token, with the figures so far
-    tokens: tuple[int, ...]
-    finish_reason: str | None = None
+    tokens: tuple[Token, ...]
+    stats: Stats  # the figures so far, those of tokens that are held back included
+    finish_reason: Literal["stop", "length"] | None = None
+    stop: str | None = None  # the stop text that was met
+
+    @property
+    def text(self) -> str:
+        return "".join(token.text for token in self.tokens)
 
 
 Event = Progress | Piece
 
 
-class Engine:
-    """Serves requests until it is closed. May be called from any thread."""
+class Load(NamedTuple):
+    """How many requests there are."""
 
-    def __init__(self, pair: Pair, tokenizer: TokenizerWrapper, slots: int = SLOTS, waiting: int = WAITING):
-        self._pair, self._tokenizer, self._slots = pair, tokenizer, slots
-        self._waiting: queue.Queue[_Job | None] = queue.Queue(waiting)
+    live: int
+    waiting: int
+
+
+class Engine:
+    """Serves requests until it is closed. May be called from any thread.
+
+    What is read and written goes through `prefixes`, a store of the same pair, if there is one.
+    """
+
+    def __init__(
+        self,
+        pair: Pair,
+        tokenizer: TokenizerWrapper,
+        prefixes: Prefixes | None = None,
+        *,
+        slots: int = SLOTS,
+        waiting: int = WAITING,
+    ):
+        self._pair, self._tokenizer, self._prefixes = pair, tokenizer, prefixes
+        self._slots, self._room = slots, waiting
+        self._waiting: deque[_Job] = deque()
         self._live: deque[_Job] = deque()
-        self._closed = threading.Event()
+        self._changed = threading.Condition()  # of `_waiting` and `_closed`
+        self._closed = False
         self._thread = threading.Thread(target=self._work, name="mtp-mlx engine", daemon=True)
         self._thread.start()
 
@@ -69,61 +108,67 @@ class Engine:
         Raises BusyError where too many wait already or the engine is closed. What cannot be served raises
         RequestError where the stream is read.
         """
-        job = _Job(self._pair, self._tokenizer, request)
-        if self._closed.is_set():
-            raise BusyError("the engine is closed")
-        try:
-            self._waiting.put_nowait(job)
-        except queue.Full:
-            raise BusyError(f"{self._waiting.maxsize} requests wait already; ask again later") from None
+        with self._changed:
+            if self._closed:
+                raise BusyError("the engine is closed")
+            self._waiting = deque(job for job in self._waiting if not job.cancelled.is_set())
+            if len(self._waiting) >= self._room:
+                raise BusyError(f"{self._room} requests wait already; ask again later")
+            job = _Job(self._pair, self._tokenizer, self._prefixes, request)
+            self._waiting.append(job)
+            self._changed.notify()
         return Stream(job)
+
+    @property
+    def load(self) -> Load:
+        return Load(len(self._live), len(self._waiting))
+
+    @property
+    def usage(self) -> Usage | None:
+        """What the prompt cache has been good for, if there is one."""
+        return self._prefixes.usage if self._prefixes else None
 
     def close(self, timeout: float | None = None) -> None:
         """Cancel all requests and end the thread; whoever still reads gets a BusyError."""
-        self._closed.set()
-        with suppress(queue.Full):
-            self._waiting.put_nowait(None)  # wakes it
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
         self._thread.join(timeout)
 
     def _work(self) -> None:
         with wired():
-            while not self._closed.is_set():
+            while not self._closed:
                 self._admit()
-                worked = [self._slice() for _ in range(len(self._live))]
-                if worked and not any(worked):
-                    self._closed.wait(REST)
-        while not self._waiting.empty():
-            self._take(self._waiting.get())
-        for job in self._live:
+                if not self._live:
+                    self._wait(None)
+                elif all(job.rests for job in self._live):
+                    self._wait(REST)
+                else:
+                    self._slice()
+        for job in (*self._live, *self._waiting):
             job.fail(BusyError("the engine was closed"))
 
-    def _slice(self) -> bool:
-        """Give the next request its turn; whether it had anything to do."""
-        job = self._live.popleft()
-        if job.rests:
-            self._live.append(job)
-            return False
-        if job.go_on():
-            self._live.append(job)
-        self._admit_waiting()
-        return True
+    def _slice(self) -> None:
+        """Give the next request its turn."""
+        job = self._live[0]
+        if job.rests or job.go_on():
+            self._live.rotate(-1)
+        else:
+            self._live.popleft()
 
     def _admit(self) -> None:
-        if not self._live:
-            self._take(self._waiting.get())
-        self._admit_waiting()
+        """Newcomers have the next turn, behind those who have left: what was read for them may be of use."""
+        for job in [job for job in self._live if job.cancelled.is_set()]:
+            job.go_on()
+            self._live.remove(job)
+        while self._waiting and len(self._live) < self._slots:
+            self._live.appendleft(self._waiting.popleft())
 
-    def _admit_waiting(self) -> None:
-        """Newcomers have the next turn."""
-        while len(self._live) < self._slots:
-            try:
-                self._take(self._waiting.get_nowait())
-            except queue.Empty:
-                return
-
-    def _take(self, job: "_Job | None") -> None:
-        if job is not None:
-            self._live.appendleft(job)
+    def _wait(self, seconds: float | None) -> None:
+        """Until somebody asks, or the engine is closed."""
+        with self._changed:
+            if not self._closed and (seconds or not self._waiting):
+                self._changed.wait(seconds)
 
 
 class Stream:
@@ -133,17 +178,31 @@ class Stream:
         self._job = job
         self._ended = False
 
-    def __iter__(self) -> Iterator[Event]:
-        return self
+    def watch(self, callback: Callable[[], None]) -> None:
+        """Have somebody told, on the engine's thread, whenever an event has come. One that came before is not."""
+        self._job.told = callback
 
-    def __next__(self) -> Event:
+    def get(self, timeout: float | None = None) -> Event | None:
+        """The next event; None if none comes within so many seconds, at once for 0, or after the last one."""
         if self._ended:
-            raise StopIteration
-        event = self._job.events.get()
+            return None
+        try:
+            event = self._job.events.get(timeout=timeout) if timeout != 0 else self._job.events.get_nowait()
+        except queue.Empty:
+            return None
         if isinstance(event, BaseException):
             self._ended = True
             raise event
         self._ended = isinstance(event, Piece) and event.finish_reason is not None
+        return event
+
+    def __iter__(self) -> Iterator[Event]:
+        return self
+
+    def __next__(self) -> Event:
+        event = self.get()
+        if event is None:
+            raise StopIteration
         return event
 
     def close(self) -> None:
@@ -158,13 +217,17 @@ class Stream:
 class _Job:
     """A request that is being served, on the engine's thread; its events go to the reader's."""
 
-    def __init__(self, pair: Pair, tokenizer: TokenizerWrapper, request: Request):
+    def __init__(self, pair: Pair, tokenizer: TokenizerWrapper, prefixes: Prefixes | None, request: Request):
         self.events: queue.SimpleQueue[Event | BaseException] = queue.SimpleQueue()
         self.cancelled = threading.Event()
+        self.told: Callable[[], None] | None = None
+        self._request = request
         self._stop = StopText(request.stop)
-        options = {"prefill_step_size": CHUNK, **request.options}
+        self._held: deque[Token] = deque()  # tokens in whose text a stop text may have begun
+        self._free = 0  # characters of them that are certain
+        options = replace(request.options, prefill_step_size=min(CHUNK, request.options.prefill_step_size))
         # Nothing of it runs before the first slice.
-        self._source = generation(pair, tokenizer, request.prompt, request.max_tokens, **options)
+        self._source = generation(pair, tokenizer, request.prompt, options, prefixes, request.marks)
 
     @property
     def rests(self) -> bool:
@@ -173,11 +236,10 @@ class _Job:
 
     def go_on(self) -> bool:
         """One slice; whether there is more to do."""
-        if self.cancelled.is_set():
-            self._source.close()
-            return False
         try:
-            return self._slice()
+            if not self.cancelled.is_set():
+                return self._slice()
+            self._source.close()
         except MTPError as error:
             self.fail(error)
         except Exception as error:  # whatever it is, other requests go on
@@ -188,26 +250,64 @@ class _Job:
     def fail(self, error: Exception) -> None:
         """End it with an error for its reader."""
         self._source.close()
-        self.events.put(error)
+        self._tell(error)
 
     def _slice(self) -> bool:
         for _ in range(ROUNDS):
             event = next(self._source)
             if isinstance(event, Progress):
-                self.events.put(event)
-                if 0 < event.done < event.total:  # a chunk has been read
+                self._tell(event)
+                if event.cached < event.done < event.total:  # a chunk has been read
                     return True
             elif self._emit(event):
                 self._source.close()
                 return False
         return True
 
+    def _tell(self, event: Event | BaseException) -> None:
+        self.events.put(event)
+        if self.told:
+            self.told()
+
     def _emit(self, responses: list[Response]) -> bool:
-        """Hand on the text of a round; whether it was the last one."""
-        text, stopped = self._stop.feed("".join(response.text for response in responses))
-        reason = "stop" if stopped else responses[-1].finish_reason
-        if reason and not stopped:
-            text += self._stop.finish()
-        tokens = tuple(response.token for response in responses)
-        self.events.put(Piece(text, responses[-1], tokens, reason))
+        """Hand on the tokens of a round; whether it was the last one."""
+        tokens: list[Token] = []
+        stop = None
+        for response in responses:
+            self._held.append(self._token(response))
+            text, stop = self._stop.feed(response.text)
+            tokens += self._released(len(text))
+            if stop is not None:
+                tokens += self._cut()
+                break
+        reason = "stop" if stop is not None else responses[-1].finish_reason
+        if reason and stop is None:
+            tokens += self._released(len(self._stop.finish()))
+        self._tell(Piece(tuple(tokens), responses[-1].stats, cast(Literal["stop", "length"] | None, reason), stop))
         return reason is not None
+
+    def _token(self, response: Response) -> Token:
+        if self._request.top_logprobs is None:
+            return Token(response.token, response.text, response.origin)
+        row = response.logprobs.astype(mx.float32)
+        count = min(self._request.top_logprobs, row.size)
+        best: list[int] = []
+        if count:
+            ids = mx.argpartition(-row, count - 1)[:count]
+            best = cast(list[int], ids[mx.argsort(-row[ids])].tolist())
+        values = cast(list[float], row[mx.array([response.token, *best])].tolist())
+        return Token(
+            response.token, response.text, response.origin, values[0], tuple(zip(best, values[1:], strict=True))
+        )
+
+    def _released(self, characters: int) -> Iterator[Token]:
+        """The tokens that so many more characters complete."""
+        self._free += characters
+        while self._held and len(self._held[0].text) <= self._free:
+            self._free -= len(self._held[0].text)
+            yield self._held.popleft()
+
+    def _cut(self) -> Iterator[Token]:
+        """What stands before a stop text in the token in which it begins."""
+        if self._free:
+            yield replace(self._held[0], text=self._held[0].text[: self._free])

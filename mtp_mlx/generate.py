@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple, cast
 
@@ -19,20 +20,18 @@ from mtp_mlx.copying import Copies
 from mtp_mlx.depth import Depth, choose_depth
 from mtp_mlx.errors import CheckpointError, RequestError
 from mtp_mlx.ngram import NOBODY
+from mtp_mlx.options import DEFAULT_MAX_TOKENS, DEFAULT_PREFILL_STEP, Options, Prompt
 from mtp_mlx.penalties import Penalties
+from mtp_mlx.prefixes import Prefixes
 from mtp_mlx.programs import compiles
-from mtp_mlx.rounds import Round, Sequence, rounds
+from mtp_mlx.rounds import Round, rounds
 from mtp_mlx.sampling import Greedy, Sample, Sampler, check_seed
 from mtp_mlx.stats import Memory, Stats
-from mtp_mlx.types import Pair
+from mtp_mlx.types import Drafter, Pair
 
 _log = logging.getLogger(__name__)
 
 Origin = Literal["plain", "accepted", "copied", "correction", "bonus"]
-Prompt = str | list[int] | mx.array
-
-DEFAULT_MAX_TOKENS = 256
-DEFAULT_PREFILL_STEP = 2048
 
 
 @dataclass
@@ -49,10 +48,11 @@ class Response(GenerationResponse):
 
 
 class Progress(NamedTuple):
-    """How much of a prompt has been read."""
+    """How much of a prompt is known to the model."""
 
     done: int
     total: int
+    cached: int = 0  # of it, what had been read before
 
 
 def stream_generate(
@@ -91,22 +91,20 @@ def stream_generate(
     Raises RequestError for an empty prompt, one that does not fit the model's context or memory, or a bad option.
     """
     progress = prompt_progress_callback or _ignore
+    options = Options(
+        max_tokens,
+        depth,
+        sampler,
+        penalties,
+        logits_processors,
+        seed,
+        drafts,
+        lookup,
+        prediction,
+        prefill_step_size,
+    )
     with wired():
-        for event in generation(
-            pair,
-            tokenizer,
-            prompt,
-            max_tokens,
-            depth=depth,
-            sampler=sampler,
-            penalties=penalties,
-            logits_processors=logits_processors,
-            seed=seed,
-            drafts=drafts,
-            lookup=lookup,
-            prediction=prediction,
-            prefill_step_size=prefill_step_size,
-        ):
+        for event in generation(pair, tokenizer, prompt, options):
             if isinstance(event, Progress):
                 progress(event.done, event.total)
             else:
@@ -117,70 +115,104 @@ def generation(
     pair: Pair,
     tokenizer: TokenizerWrapper,
     prompt: Prompt,
-    max_tokens: int = DEFAULT_MAX_TOKENS,
-    *,
-    depth: int | str = "auto",
-    sampler: Sampler | Callable[[mx.array], mx.array] | None = None,
-    penalties: Penalties | None = None,
-    logits_processors: Iterable[Callable[[mx.array, mx.array], mx.array]] | None = None,
-    seed: int | None = None,
-    drafts: Drafts | None = None,
-    lookup: bool = True,
-    prediction: Prompt | None = None,
-    prefill_step_size: int = DEFAULT_PREFILL_STEP,
+    options: Options,
+    prefixes: Prefixes | None = None,
+    marks: Iterable[int] = (),
 ) -> Generator[Progress | list[Response], None, None]:
-    """`stream_generate` in slices that others can come between: a chunk of the prompt, or the tokens of one round."""
+    """`stream_generate` in slices that others can come between: a chunk of the prompt, or the tokens of one round.
+
+    What `prefixes`, of the same pair, have of the prompt is not read again, and what the text leaves is stored there;
+    `marks` are numbers of its tokens after which other prompts may differ.
+    """
     began = time.perf_counter()
     ids = encode(tokenizer, prompt)
+    # At depth 0 nobody has to keep a drafter up to date, unless others go on from here.
+    running = pair if prefixes or options.depth != 0 else replace(pair, drafter=NOBODY)
+    prefixes = prefixes or Prefixes(running, 0)
+    budget = _admitted(running, ids, options, prefixes)
+    copies = _copies(tokenizer, ids, options, pair.target.vocabulary)
+    seed = draw_seed() if options.seed is None else options.seed
+    chooser = _chooser(pair, tokenizer, options)
+    mx.reset_peak_memory()
+    with _policy(pair, options) as policy, prefixes.open(ids, chooser, seed) as text:
+        yield Progress(text.cached, len(ids), text.cached)
+        for done in text.read(options.prefill_step_size, marks):
+            yield Progress(done, len(ids), text.cached)
+        memory = Memory(target=pair.target.nbytes, drafter=pair.drafter.nbytes)
+        stats = Stats(len(ids), text.cached, memory=memory, compiled=compiles())
+        emitter = _Emitter(tokenizer, options.stops, budget)
+        for whole in rounds(text.sequence, policy, budget, copies):
+            if not stats.rounds:
+                stats = replace(stats, ttft_seconds=time.perf_counter() - began)
+                yield Progress(len(ids), len(ids), text.cached)
+            result = emitter.until_stop(whole)
+            text.sequence.keep(len(result.tokens))
+            warned = stats.alarm
+            stats = stats.after(result, policy, text.sequence.cache.nbytes, mx.get_peak_memory())
+            if stats.alarm and not warned:
+                _log.warning(stats.alarm)
+            yield list(emitter.responses(result, stats))
+            if emitter.finished:
+                return
+
+
+def _admitted(pair: Pair, ids: list[int], options: Options, prefixes: Prefixes) -> int:
+    """How many tokens may follow a prompt; room for them is made. Raises RequestError where they cannot be served."""
     check_tokens(ids, pair.target.vocabulary)
-    allowed = check_lengths(len(ids), max_tokens, pair.target.context)
-    budget = admit(pair, len(ids), allowed, endless=max_tokens == -1)
-    if prefill_step_size < 1:
-        raise RequestError(f"prefill step size {prefill_step_size} must be at least 1")
+    if options.prefill_step_size < 1:
+        raise RequestError(f"prefill step size {options.prefill_step_size} must be at least 1")
+    allowed = check_lengths(len(ids), options.max_tokens, pair.target.context)
+    admission = admit(pair, len(ids), allowed, endless=options.max_tokens == -1, evictable=prefixes.nbytes)
+    prefixes.release(admission.short)
+    return admission.tokens
+
+
+def _copies(tokenizer: TokenizerWrapper, ids: list[int], options: Options, vocabulary: int) -> Copies | None:
+    """Earlier and predicted text that may be tried as drafts."""
+    predicted = [] if options.prediction is None else encode(tokenizer, options.prediction, special=False)
+    check_tokens(predicted, vocabulary)
+    wanted = options.depth != 0 and (predicted or (options.lookup and options.depth == "auto"))
+    return Copies(ids, predicted) if wanted else None
+
+
+def _chooser(pair: Pair, tokenizer: TokenizerWrapper, options: Options) -> Rules | Callables:
+    seed, sampler, drafts = options.seed, options.sampler, options.drafts
     if seed is not None:
         check_seed(seed)
     if drafts is None:
         drafts = sampler if seed is None and isinstance(sampler, Sample) else "coupled"
-    stops = frozenset(tokenizer.eos_token_ids)
-    chooser = choose_rules(pair, sampler, penalties, logits_processors, drafts, stops)
-    policy = _policy(pair, depth, reproducible=seed is not None)
-    predicted = [] if prediction is None else encode(tokenizer, prediction, special=False)
-    check_tokens(predicted, pair.target.vocabulary)
-    copies = Copies(ids, predicted) if depth != 0 and (predicted or (lookup and depth == "auto")) else None
-    # At depth 0 nobody has to keep a drafter up to date.
-    running = pair if depth != 0 else replace(pair, drafter=NOBODY)
-    mx.reset_peak_memory()
-    sequence = Sequence(running, chooser, draw_seed() if seed is None else seed)
-    for done in sequence.chunks(ids, prefill_step_size):
-        yield Progress(done, len(ids))
-    memory = Memory(target=pair.target.nbytes, drafter=pair.drafter.nbytes)
-    stats = Stats(len(ids), memory=memory, compiled=compiles())
-    emitter = _Emitter(tokenizer, budget)
-    for whole in rounds(sequence, policy, budget, copies):
-        if not stats.rounds:
-            stats = replace(stats, ttft_seconds=time.perf_counter() - began)
-            yield Progress(len(ids), len(ids))
-        result = emitter.until_stop(whole)
-        sequence.keep(len(result.tokens))
-        warned = stats.alarm
-        stats = stats.after(result, policy, sequence.cache.nbytes, mx.get_peak_memory())
-        if stats.alarm and not warned:
-            _log.warning(stats.alarm)
-        yield list(emitter.responses(result, stats))
-        if emitter.finished:
-            return
+    stops = frozenset(tokenizer.eos_token_ids) | options.stops
+    return choose_rules(pair, sampler, options.penalties, options.logits_processors, drafts, stops)
 
 
-def _policy(pair: Pair, depth: int | str, reproducible: bool) -> Depth:
-    """The policy of a text. What a clock has measured of a pair serves its next texts too."""
-    if depth != "auto" or reproducible:
-        return choose_depth(depth, pair.drafter.limit, reproducible)
-    drafter, policy = pair.measured.get("auto", (None, None))
-    if policy is None or drafter is not pair.drafter:  # a copy of a pair may have another drafter
-        policy = choose_depth("auto", pair.drafter.limit)
-        pair.measured["auto"] = pair.drafter, policy
-    policy.begin()
-    return cast(Depth, policy)
+@dataclass(eq=False)
+class _Measured:
+    """What a clock has measured of a pair, for one text after the other."""
+
+    drafter: Drafter  # a copy of a pair may have another one
+    policy: Depth
+    busy: bool = False
+
+
+@contextmanager
+def _policy(pair: Pair, options: Options) -> Iterator[Depth]:
+    """The policy of a text. What was measured serves the next texts too; each that is written meanwhile has its own."""
+    limit = pair.drafter.limit
+    if options.depth != "auto" or options.seed is not None:
+        yield choose_depth(options.depth, limit, reproducible=options.seed is not None)
+        return
+    known: list[_Measured] = pair.measured.setdefault("auto", [])
+    ours = [measured for measured in known if measured.drafter is pair.drafter]
+    mine = next((measured for measured in ours if not measured.busy), None)
+    if mine is None:
+        mine = _Measured(pair.drafter, deepcopy(ours[0].policy) if ours else choose_depth("auto", limit))
+        known.append(mine)
+    mine.busy = True
+    try:
+        mine.policy.begin()
+        yield mine.policy
+    finally:
+        mine.busy = False
 
 
 def choose_rules(
@@ -224,8 +256,8 @@ def draw_seed() -> int:
 class _Emitter:
     """Turns rounds into responses: finds the stop, decodes the text, labels every token's origin."""
 
-    def __init__(self, tokenizer: TokenizerWrapper, budget: int):
-        self.stops = set(tokenizer.eos_token_ids)
+    def __init__(self, tokenizer: TokenizerWrapper, stops: frozenset[int], budget: int):
+        self.stops = stops.union(tokenizer.eos_token_ids)
         self.detokenizer = tokenizer.detokenizer
         self.budget = budget
         self.emitted = 0

@@ -111,6 +111,15 @@ class Prefixes:
         self._entries.remove(entry)
         self._entries.append(entry)
 
+    def release(self, nbytes: int) -> None:
+        """Evict so many bytes, or all that nobody uses: a text needs them for itself."""
+        wanted, used = self.nbytes - nbytes, self._used()
+        free = [entry for entry in self._entries if id(entry) not in used]
+        for victim in sorted(free, key=lambda entry: not entry.waypoint):
+            if nbytes <= 0 or self.nbytes <= wanted:
+                return
+            self._evict([victim])
+
     def _make_room(self, entry: _Entry, text: "Text") -> bool:
         """Evict what has to go for an entry of a text; nothing where that would not be enough."""
         rest, victims = self._entries.copy(), list[_Entry]()
@@ -121,21 +130,28 @@ class Prefixes:
             victims.append(victim)
         if _nbytes([*rest, entry]) > self.budget:
             return False
+        self._evict(victims)
+        return True
+
+    def _evict(self, victims: list[_Entry]) -> None:
         for victim in victims:
             self._trie.remove(victim.snapshot.tokens)
-        self._entries = rest
+            self._entries.remove(victim)
         self._usage = self._usage._replace(evicted=self._usage.evicted + len(victims))
-        return True
 
     def _victims(self, entry: _Entry, text: "Text") -> list[_Entry]:
         """What may be evicted: waypoints, then others, each beginning with what was not used for longest.
 
         What other texts that are being read or written go on from stays; this one will go on from its new entry.
         """
-        used = {id(other.entry) for other in self._texts if other is not text}
+        used = self._used(but=text)
         free = [other for other in self._entries if id(other) not in used]
         others = [] if entry.waypoint else [other for other in free if not other.waypoint]
         return [other for other in free if other.waypoint] + others
+
+    def _used(self, but: "Text | None" = None) -> set[int]:
+        """What texts that are being read or written go on from."""
+        return {id(text.entry) for text in self._texts if text is not but}
 
 
 class Text:
@@ -186,7 +202,7 @@ class Text:
     def keep(self, waypoint: bool = False) -> None:
         """Store the text as far as it has been read, unless that is hardly more than what is stored of it."""
         known = self.base.length if self.base else 0
-        if self.sequence.length >= known + self._prefixes.near:
+        if self._prefixes.budget and self.sequence.length >= known + self._prefixes.near:
             self._prefixes.store(self, waypoint)
 
     def __enter__(self) -> Self:

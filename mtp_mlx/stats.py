@@ -39,6 +39,7 @@ class Stats:
     """Figures of one generation so far."""
 
     prompt_tokens: int
+    cached_tokens: int = 0  # of the prompt, those that had been read before
     ttft_seconds: float = 0.0  # from the request to the first token
     generation_tokens: int = 0
     generation_seconds: float = 0.0  # all rounds
@@ -92,8 +93,8 @@ class Stats:
 
     @property
     def prompt_tps(self) -> float:
-        """Prompt tokens per second until the first token was there."""
-        return self.prompt_tokens / self.ttft_seconds if self.ttft_seconds else 0.0
+        """Prompt tokens that had to be read per second until the first token was there."""
+        return (self.prompt_tokens - self.cached_tokens) / self.ttft_seconds if self.ttft_seconds else 0.0
 
     @property
     def generation_tps(self) -> float:
@@ -113,6 +114,7 @@ class Stats:
         """The figures under the names of `mtp-mlx generate --json`."""
         return {
             "prompt_tokens": self.prompt_tokens,
+            "cached_tokens": self.cached_tokens,
             "prompt_tps": self.prompt_tps,
             "generation_tokens": self.generation_tokens,
             "generation_tps": self.generation_tps,

@@ -8,16 +8,17 @@ class StopText:
         self._stops = tuple(stop for stop in stops if stop)
         self._held = ""
 
-    def feed(self, text: str) -> tuple[str, bool]:
-        """What can be given out for good, and whether a stop text has come; of several the first one counts."""
+    def feed(self, text: str) -> tuple[str, str | None]:
+        """What can be given out for good, and the stop text that has come, if one has; of several the first counts."""
         text = self._held + text
-        found = [text.index(stop) for stop in self._stops if stop in text]
+        found = [stop for stop in self._stops if stop in text]
         if found:
             self._held = ""
-            return text[: min(found)], True
+            first = min(found, key=text.index)
+            return text[: text.index(first)], first
         begun = self._begun(text)
         self._held = text[len(text) - begun :]
-        return text[: len(text) - begun], False
+        return text[: len(text) - begun], None
 
     def finish(self) -> str:
         """What was held back, now that nothing follows."""

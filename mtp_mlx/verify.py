@@ -17,7 +17,8 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mtp_mlx.accept import normalise
 from mtp_mlx.choosing import Drafts
 from mtp_mlx.errors import RequestError
-from mtp_mlx.generate import DEFAULT_PREFILL_STEP, stream_generate
+from mtp_mlx.generate import stream_generate
+from mtp_mlx.options import DEFAULT_PREFILL_STEP
 from mtp_mlx.sampling import Greedy, Sample, Sampler, keys
 from mtp_mlx.stats import Stats
 from mtp_mlx.types import Pair, Span

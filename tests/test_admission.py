@@ -44,7 +44,7 @@ def test_what_does_not_fit_is_refused_with_what_does(variant: str, monkeypatch: 
         monkeypatch.setattr(memory, "free_bytes", lambda: count)
 
     free(needed(600))
-    assert admit(pair, 500, 100, endless=False) == 100
+    assert admit(pair, 500, 100, endless=False) == (100, 0)
     free(needed(600) - 1)
     with pytest.raises(RequestError, match=r"500 tokens and 100 more need .* MB of keys and values, .* MB are free"):
         admit(pair, 500, 100, endless=False)
@@ -74,12 +74,25 @@ def test_an_endless_text_ends_where_memory_does_and_says_so(
 ) -> None:
     pair: Pair = load(FIXTURES / "gemma4_keqv", dtype=mx.float32)[0]
     monkeypatch.setattr(memory, "free_bytes", lambda: pair.target.kv_bytes(512))
-    assert admit(pair, 100, 900, endless=True) == 412
+    assert admit(pair, 100, 900, endless=True).tokens == 412
     assert "memory holds 412 tokens after this prompt" in caplog.text
-    assert admit(pair, 511, 400, endless=True) == 1
+    assert admit(pair, 511, 400, endless=True).tokens == 1
     monkeypatch.setattr(memory, "free_bytes", lambda: -5)
     with pytest.raises(RequestError, match=r", 0.0 MB are free; use a shorter prompt"):
         admit(pair, 511, 400, endless=True)
     monkeypatch.undo()
-    assert admit(pair, 100, 900, endless=True) == 900
+    assert admit(pair, 100, 900, endless=True) == (900, 0)
     assert 0 < memory.free_bytes() <= memory.machine_bytes()
+
+
+def test_what_may_be_evicted_counts_as_room_and_no_more_of_it_goes_than_is_short(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pair: Pair = load(FIXTURES / "gemma4_keqv", dtype=mx.float32)[0]
+    needed = pair.target.kv_bytes(600) + pair.drafter.kv_bytes(600)
+    monkeypatch.setattr(memory, "free_bytes", lambda: needed - 1000)
+    with pytest.raises(RequestError, match="MB are free"):
+        admit(pair, 500, 100, endless=False, evictable=999)
+    assert admit(pair, 500, 100, endless=False, evictable=5000) == (100, 1000)
+    monkeypatch.setattr(memory, "free_bytes", lambda: 10 * needed)
+    assert admit(pair, 500, 100, endless=False, evictable=5000).short == 0

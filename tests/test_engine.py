@@ -3,6 +3,8 @@
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, cast
 
 import mlx.core as mx
 import pytest
@@ -12,8 +14,10 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mtp_mlx import engine as module
 from mtp_mlx.engine import Engine, Piece, Request, Stream
 from mtp_mlx.errors import BusyError, RequestError
-from mtp_mlx.generate import Progress, stream_generate
+from mtp_mlx.generate import Progress, Response, generation
 from mtp_mlx.loading import load
+from mtp_mlx.options import Options
+from mtp_mlx.prefixes import Prefixes
 from mtp_mlx.sampling import Sample
 from mtp_mlx.types import Pair
 
@@ -33,16 +37,21 @@ def engine(loaded: Loaded) -> Iterator[Engine]:
 
 
 def tokens_of(stream: Stream) -> list[int]:
-    return [token for event in stream if isinstance(event, Piece) for token in event.tokens]
+    return [token.id for event in stream if isinstance(event, Piece) for token in event.tokens]
 
 
-def alone(loaded: Loaded, request: Request) -> list[int]:
-    return [r.token for r in stream_generate(*loaded, request.prompt, request.max_tokens, **request.options)]
+def alone(loaded: Loaded, request: Request) -> list[Response]:
+    events = generation(*loaded, request.prompt, request.options)
+    return [response for event in events if isinstance(event, list) for response in event]
+
+
+def ids(responses: list[Response]) -> list[int]:
+    return [response.token for response in responses]
 
 
 def test_requests_at_a_time_get_what_each_gets_alone(loaded: Loaded, engine: Engine) -> None:
     requests = [
-        Request(varied_tokens(40 * i + 1, seed=i), 20 + i, options={"depth": i % 4, "seed": i, "sampler": sampler})
+        Request(varied_tokens(40 * i + 1, seed=i), Options(20 + i, i % 4, sampler, seed=i))
         for i, sampler in enumerate([None, Sample(1.0), Sample(0.7, top_p=0.9), None, Sample(1.2), None])
     ]
     streams = [engine.stream(request) for request in requests]
@@ -52,14 +61,14 @@ def test_requests_at_a_time_get_what_each_gets_alone(loaded: Loaded, engine: Eng
         reader.start()
     for reader in readers:
         reader.join(60)
-    assert [found[i] for i in range(len(requests))] == [alone(loaded, request) for request in requests]
+    assert [found[i] for i in range(len(requests))] == [ids(alone(loaded, request)) for request in requests]
 
 
 def test_a_short_request_does_not_wait_for_a_long_prompt(engine: Engine) -> None:
-    long = engine.stream(Request(varied_tokens(1000), 5, options={"prefill_step_size": 20, "depth": 0}))
+    long = engine.stream(Request(varied_tokens(1000), Options(5, 0, prefill_step_size=20)))
     assert next(long) == Progress(0, 1000) and isinstance(next(long), Progress)
     before = long._job.events.qsize()
-    short = engine.stream(Request(varied_tokens(5), 3, options={"depth": 0}))
+    short = engine.stream(Request(varied_tokens(5), Options(3, 0)))
     assert next(event for event in short if isinstance(event, Piece)).tokens
     # Two slices of the other's come between its own two, and one was under way when it came.
     assert long._job.events.qsize() - before <= 3
@@ -68,9 +77,7 @@ def test_a_short_request_does_not_wait_for_a_long_prompt(engine: Engine) -> None
 
 
 def test_whoever_stops_reading_frees_the_engine(engine: Engine) -> None:
-    streams = [
-        engine.stream(Request(varied_tokens(30, seed=i), 900, options={"depth": 0})) for i in range(module.SLOTS)
-    ]
+    streams = [engine.stream(Request(varied_tokens(30, seed=i), Options(900, 0))) for i in range(module.SLOTS)]
     for stream in streams:
         next(event for event in stream if isinstance(event, Piece))
     streams[0].close()
@@ -84,8 +91,8 @@ def test_whoever_stops_reading_frees_the_engine(engine: Engine) -> None:
 
 def test_a_slow_reader_rests_its_own_request_only(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "AHEAD", 8)
-    slow = engine.stream(Request(varied_tokens(10), 200, options={"depth": 0}))
-    quick = engine.stream(Request(varied_tokens(20), 40, options={"depth": 0}))
+    slow = engine.stream(Request(varied_tokens(10), Options(200, 0)))
+    quick = engine.stream(Request(varied_tokens(20), Options(40, 0)))
     assert len(tokens_of(quick)) == 40
     assert slow._job.events.qsize() <= 8 + module.ROUNDS
     assert len(tokens_of(slow)) == 200
@@ -93,36 +100,122 @@ def test_a_slow_reader_rests_its_own_request_only(engine: Engine, monkeypatch: p
 
 def test_a_stop_text_ends_the_output_wherever_it_begins(loaded: Loaded, engine: Engine) -> None:
     prompt = varied_tokens(25)
-    text = "".join(r.text for r in stream_generate(*loaded, prompt, 60, depth=3, seed=0))
+    options = Options(60, 3, seed=0)
+    text = "".join(response.text for response in alone(loaded, Request(prompt, options)))
     for begin, end in ((len(text) // 3, len(text) // 3 + 3), (len(text) // 2, len(text) // 2 + 5)):
         stop = text[begin:end]
-        pieces = list(engine.stream(Request(prompt, 60, (stop, "never in there"), {"depth": 3, "seed": 0})))
+        pieces = list(engine.stream(Request(prompt, options, (stop, "never in there"))))
         written = "".join(piece.text for piece in pieces if isinstance(piece, Piece))
         assert written == text[: text.index(stop)]
-        assert isinstance(pieces[-1], Piece) and pieces[-1].finish_reason == "stop"
+        assert isinstance(pieces[-1], Piece) and (pieces[-1].finish_reason, pieces[-1].stop) == ("stop", stop)
 
 
 def test_errors_reach_the_one_who_asked_and_nobody_else(loaded: Loaded, engine: Engine) -> None:
-    good = engine.stream(Request(varied_tokens(9), 30, options={"depth": 2}))
+    asked = Request(varied_tokens(9), Options(30, 2))
+    good = engine.stream(asked)
     with pytest.raises(RequestError, match="prompt is empty"):
-        list(engine.stream(Request([], 5)))
+        list(engine.stream(Request([])))
     with pytest.raises(TypeError):
-        list(engine.stream(Request([5], 5, options={"sampler": 7, "depth": 0})))
-    assert tokens_of(good) == alone(loaded, Request(varied_tokens(9), 30, options={"depth": 2}))
-    assert len(tokens_of(engine.stream(Request([5], 5)))) == 5, "the engine is alive"
+        list(engine.stream(Request([5], Options(5, 0, cast(Any, 7)))))
+    assert tokens_of(good) == ids(alone(loaded, asked))
+    assert len(tokens_of(engine.stream(Request([5], Options(5))))) == 5, "the engine is alive"
 
 
 def test_too_many_are_refused_and_a_closed_engine_says_so(loaded: Loaded) -> None:
     served = Engine(*loaded, slots=1, waiting=1)
-    running = served.stream(Request(varied_tokens(900), 50, options={"prefill_step_size": 10}))
+    running = served.stream(Request(varied_tokens(900), Options(50, prefill_step_size=10)))
     next(running)
-    held = served.stream(Request(varied_tokens(9), 5))
+    held = served.stream(Request(varied_tokens(9)))
     with pytest.raises(BusyError, match="1 requests wait already"):
-        served.stream(Request(varied_tokens(9), 5))
+        served.stream(Request(varied_tokens(9)))
     served.close(10)
     with pytest.raises(BusyError, match="closed"):
         list(held)
     with pytest.raises(BusyError, match="closed"):
         list(running)
     with pytest.raises(BusyError, match="closed"):
-        served.stream(Request([5], 5))
+        served.stream(Request([5]))
+
+
+def test_those_who_have_left_do_not_hold_a_place_in_the_queue(loaded: Loaded) -> None:
+    served = Engine(*loaded, slots=1, waiting=1)
+    running = served.stream(Request(varied_tokens(900), Options(5, prefill_step_size=10)))
+    next(running)
+    left = served.stream(Request(varied_tokens(9)))
+    assert served.load == (1, 1)
+    left.close()
+    assert len(tokens_of(served.stream(Request(varied_tokens(9), Options(4, 0))))) == 4
+    served.close(10)
+
+
+def test_tokens_tell_their_text_their_origin_and_what_else_was_probable(loaded: Loaded, engine: Engine) -> None:
+    request = Request(varied_tokens(25), Options(20, 3, Sample(0.8), seed=2), top_logprobs=4)
+    expected = alone(loaded, request)
+    pieces = [piece for piece in engine.stream(request) if isinstance(piece, Piece)]
+    tokens = [token for piece in pieces for token in piece.tokens]
+    assert [(t.id, t.text, t.origin) for t in tokens] == [(r.token, r.text, r.origin) for r in expected]
+    for token, response in zip(tokens, expected, strict=True):
+        row = response.logprobs
+        assert token.logprob == row[token.id].item()
+        assert [value for _, value in token.top] == mx.sort(-row)[:4].__neg__().tolist()
+        assert [row[other].item() for other, _ in token.top] == [value for _, value in token.top]
+    none = next(piece for piece in engine.stream(Request([5], Options(1), top_logprobs=0)) if isinstance(piece, Piece))
+    assert none.tokens[0].logprob is not None and none.tokens[0].top == ()
+
+
+def test_tokens_before_a_stop_text_come_whole_and_the_one_it_begins_in_is_cut(loaded: Loaded, engine: Engine) -> None:
+    request = Request(varied_tokens(25), Options(60, 3, Sample(1.0), seed=0))
+    expected = alone(loaded, request)
+    whole = next(i for i in range(10, 50) if len(expected[i].text) > 1 and expected[i].text.isascii())
+    before = "".join(response.text for response in expected[:whole])
+    stop = expected[whole].text[1:] + "".join(response.text for response in expected[whole + 1 :])[:6]
+    assert stop not in before + expected[whole].text[:1]
+    tokens = [
+        t for piece in engine.stream(replace(request, stop=(stop,))) if isinstance(piece, Piece) for t in piece.tokens
+    ]
+    assert [token.id for token in tokens] == ids(expected)[: whole + 1]
+    assert [token.text for token in tokens] == [r.text for r in expected[:whole]] + [expected[whole].text[:1]]
+
+
+def test_a_next_turn_reads_only_what_is_new(loaded: Loaded) -> None:
+    pair, tokenizer = loaded
+    served = Engine(pair, tokenizer, Prefixes(pair, 10**9, near=1))
+    first = Request(varied_tokens(300), Options(20, 3, seed=1), marks=(290,))
+    written = tokens_of(served.stream(first))
+    assert written == ids(alone(loaded, first))
+    second = replace(first, prompt=[*first.prompt, *written, *varied_tokens(30, seed=7)])
+    events = list(served.stream(second))
+    assert isinstance(events[0], Progress) and events[0].cached >= 318, "all but what was written last"
+    found = [t.id for piece in events if isinstance(piece, Piece) for t in piece.tokens]
+    assert found == ids(alone(loaded, second)), "as if it had been read anew"
+    again = list(served.stream(replace(first, prompt=[*first.prompt[:290], *varied_tokens(9, seed=8)])))
+    assert isinstance(again[0], Progress) and again[0].cached == 290, "another message at the mark"
+    assert isinstance(again[-1], Piece) and again[-1].stats.cached_tokens == 290
+    assert served.usage and (served.usage.texts, served.usage.hits) == (3, 2)
+    served.close(10)
+
+
+def test_a_prompt_that_was_broken_off_goes_on_where_it_was(loaded: Loaded) -> None:
+    pair, tokenizer = loaded
+    served = Engine(pair, tokenizer, Prefixes(pair, 10**9, near=1))
+    request = Request(varied_tokens(900), Options(5, 0, prefill_step_size=10))
+    left = served.stream(request)
+    next(event for event in left if isinstance(event, Progress) and event.done >= 100)
+    left.close()
+    events = list(served.stream(request))
+    assert isinstance(events[0], Progress) and 100 <= events[0].cached < 899
+    assert [t.id for piece in events if isinstance(piece, Piece) for t in piece.tokens] == ids(alone(loaded, request))
+    served.close(10)
+
+
+def test_two_texts_at_a_time_do_not_share_what_one_measures(loaded: Loaded) -> None:
+    texts = [generation(*loaded, varied_tokens(30, seed=i), Options(40)) for i in range(2)]
+    for text in (*texts, *texts):
+        next(text)
+    policies = loaded[0].measured["auto"]
+    assert len(policies) == 2 and all(measured.busy for measured in policies)
+    assert policies[0].policy is not policies[1].policy
+    for text in texts:
+        text.close()
+    list(generation(*loaded, varied_tokens(30), Options(5)))
+    assert len(policies) == 2 and not any(measured.busy for measured in policies), "a later text takes one of them"

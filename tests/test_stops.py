@@ -9,20 +9,21 @@ from mtp_mlx.stops import StopText
 TEXT = "one two three two one<end>more"
 
 
-def _through(pieces: list[str], stops: tuple[str, ...]) -> tuple[str, bool]:
+def _through(pieces: list[str], stops: tuple[str, ...]) -> tuple[str, str | None]:
     watch, out = StopText(stops), ""
     for piece in pieces:
         text, stopped = watch.feed(piece)
         out += text
         if stopped:
-            return out, True
-    return out + watch.finish(), False
+            return out, stopped
+    return out + watch.finish(), None
 
 
 @pytest.mark.parametrize("stops", [("<end>",), ("two o", "<end>"), ("three", "thr"), ("e<", "nothing"), ("o", ""), ()])
 def test_however_a_text_is_cut_it_ends_at_the_first_stop(stops: tuple[str, ...]) -> None:
-    places = [TEXT.index(stop) for stop in stops if stop and stop in TEXT]
-    expected = (TEXT[: min(places)], True) if places else (TEXT, False)
+    there = [stop for stop in stops if stop and stop in TEXT]
+    first = min(there, key=TEXT.index, default=None)
+    expected = (TEXT[: TEXT.index(first)], first) if first else (TEXT, None)
     for size in range(1, len(TEXT) + 1):
         assert _through([TEXT[i : i + size] for i in range(0, len(TEXT), size)], stops) == expected
     for cut, other in product(range(len(TEXT)), repeat=2):
@@ -32,8 +33,8 @@ def test_however_a_text_is_cut_it_ends_at_the_first_stop(stops: tuple[str, ...])
 
 def test_no_more_is_held_back_than_may_begin_a_stop() -> None:
     watch = StopText(("<end>",))
-    assert watch.feed("a < b") == ("a < b", False)
-    assert watch.feed("a <") == ("a ", False)
-    assert watch.feed("en") == ("", False)
-    assert watch.feed("joy") == ("<enjoy", False)
-    assert watch.feed("<<end") == ("<", False) and watch.finish() == "<end"
+    assert watch.feed("a < b") == ("a < b", None)
+    assert watch.feed("a <") == ("a ", None)
+    assert watch.feed("en") == ("", None)
+    assert watch.feed("joy") == ("<enjoy", None)
+    assert watch.feed("<<end") == ("<", None) and watch.finish() == "<end"
