@@ -1,7 +1,6 @@
 """`mtp-mlx serve`: a model behind OpenAI's and llama.cpp's HTTP interfaces."""
 
 import logging
-import re
 import secrets
 import signal
 import socket
@@ -13,12 +12,22 @@ from typing import Annotated
 import typer
 
 from mtp_mlx.cli.display import Notes, note
-from mtp_mlx.cli.options import Adapter, Drafter, DrafterBits, Dtype, KvBits, Model, Parts, parse_depth
+from mtp_mlx.cli.options import (
+    Adapter,
+    Drafter,
+    DrafterBits,
+    Dtype,
+    KvBits,
+    Model,
+    Parts,
+    PromptCache,
+    parse_depth,
+    parse_prompt_cache,
+)
 from mtp_mlx.engine import SLOTS, Engine
 from mtp_mlx.errors import RequestError
 from mtp_mlx.hub import DEMO
 from mtp_mlx.loading import Loaded
-from mtp_mlx.memory import free_bytes
 from mtp_mlx.prefixes import Prefixes
 from mtp_mlx.sampling import choose_sampler
 from mtp_mlx.server.app import make_app
@@ -28,8 +37,6 @@ from mtp_mlx.server.run import Server, listen
 from mtp_mlx.server.service import Defaults, Service
 
 LEVELS = ("debug", "info", "warning", "error")
-_UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
-_SHARE, _MOST = 4, 8 * 10**9  # of free memory, and bytes, that prompts take by default
 _CLOSING = 5.0  # seconds for the engine to end
 
 
@@ -70,9 +77,7 @@ def command(
         bool | None, typer.Option(help="Whether to reason where a request does not say; default: as the model does.")
     ] = None,
     parallel: Annotated[int, typer.Option(min=1, max=64, help="Requests that are worked on in turn.")] = SLOTS,
-    prompt_cache: Annotated[
-        str, typer.Option(help="Memory for prompts that were read before: '4GB', '0' for none, 'auto' for a share.")
-    ] = "auto",
+    prompt_cache: PromptCache = "auto",
     dtype: Dtype = "auto",
     drafter_bits: DrafterBits = "auto",
     kv_bits: KvBits = "none",
@@ -84,14 +89,14 @@ def command(
     """
     defaults = Defaults(max_tokens, temp, top_p, top_k, min_p, parse_depth(depth), thinking)
     _check(defaults, log_level)
-    budget = None if prompt_cache == "auto" else parse_bytes(prompt_cache)
+    cached = parse_prompt_cache(prompt_cache)
     key = choose_key(host, _read_key(api_key, api_key_file))
     access = Access.of(host, (*(allow_host or ()), socket.gethostname()), tuple(allow_origin or ()), key)
     with Notes(log_level == "debug") as notes, listen(host, port) as bound:
         loaded = Parts(model, drafter, dtype, drafter_bits, kv_bits, adapter).load()
         notes.show()
         _report(log_level)
-        engine = _engine(loaded, budget, parallel)
+        engine = Engine(loaded.pair, loaded.tokenizer, Prefixes(loaded.pair, cached), slots=parallel)
         service = Service.of(loaded, engine, slots=parallel, names=tuple(name or ()), context=ctx, defaults=defaults)
         _announce(loaded, service, bound, key if key and not (api_key or api_key_file) else None)
         _run(service, access, bound)
@@ -102,14 +107,6 @@ def choose_key(host: str, given: str | None) -> str | None:
     if given is not None or host.lower() in LOOPBACK:
         return given
     return secrets.token_urlsafe(24)
-
-
-def parse_bytes(given: str) -> int:
-    """A number of bytes from '4GB', '512 MiB' or '0'. Raises RequestError for anything else."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", given.strip().lower())
-    if found is None or found[2] not in _UNITS:
-        raise RequestError(f"--prompt-cache {given} is neither 'auto' nor a size such as 4GB, 512MiB or 0")
-    return int(float(found[1]) * _UNITS[found[2]])
 
 
 def _check(defaults: Defaults, log_level: str) -> None:
@@ -131,13 +128,6 @@ def _read_key(key: str | None, file: Path | None) -> str | None:
     if key is not None and not key.strip():
         raise RequestError("the API key is empty; give one, or leave it out")
     return key
-
-
-def _engine(loaded: Loaded, budget: int | None, parallel: int) -> Engine:
-    if budget is None:
-        budget = min(_MOST, max(0, free_bytes()) // _SHARE)
-    prefixes = Prefixes(loaded.pair, budget) if budget else None
-    return Engine(loaded.pair, loaded.tokenizer, prefixes, slots=parallel)
 
 
 def _report(level: str) -> None:

@@ -94,8 +94,8 @@ class Asking:
         self._service.check_name(body.model)
         grammar = self._guided(body)
         asked = []
-        for prompt, ids, stops in self._raw_prompts(body):
-            options = replace(self._options(body, len(ids), body.max_tokens, prompt), grammar=grammar, stops=stops)
+        for ids, stops in self._raw_prompts(body):
+            options = replace(self._options(body, len(ids), body.max_tokens), grammar=grammar, stops=stops)
             asked.append(Request(ids, options, body.stops, top_logprobs=body.logprobs))
         return self._copied(asked, body, Voice())
 
@@ -134,7 +134,9 @@ class Asking:
                 param="tools",
             )
         if choice in ("required",) and not tools:
-            raise RefusedError(400, "tool_choice asks for a call and there are no tools; give some", param="tool_choice")
+            raise RefusedError(
+                400, "tool_choice asks for a call and there are no tools; give some", param="tool_choice"
+            )
         if not isinstance(choice, ChosenTool):
             return [] if choice == "none" else tools
         chosen = [tool for tool in tools if tool.function.name == choice.function.name]
@@ -182,18 +184,15 @@ class Asking:
             raise RefusedError(400, f"{param} is larger than {self._limits.schema} bytes; shorten it", param=param)
         return text
 
-    def _raw_prompts(self, body: CompletionRequest) -> list[tuple[str, list[int], frozenset[int]]]:
-        """Name of the field, token ids and stops of each prompt."""
+    def _raw_prompts(self, body: CompletionRequest) -> list[tuple[list[int], frozenset[int]]]:
+        """Token ids and stops of each prompt."""
         if body.suffix is not None:
             assert isinstance(body.prompt, str), "checked with the body"
-            return [("prompt", *self._between(body.prompt, body.suffix))]
-        prompts = body.prompt if isinstance(body.prompt, list) and not _is_tokens(body.prompt) else [body.prompt]
-        found = []
-        for prompt in prompts:
-            ids = self._encode(prompt) if isinstance(prompt, str) else prompt
-            assert _is_tokens(ids), "checked with the body"
-            found.append(("prompt", ids, frozenset[int]()))
-        return found
+            return [self._between(body.prompt, body.suffix)]
+        return [(ids, frozenset[int]()) for ids in map(self._ids, _prompts(body.prompt))]
+
+    def _ids(self, prompt: str | list[int]) -> list[int]:
+        return self._encode(prompt) if isinstance(prompt, str) else prompt
 
     def _between(
         self, prefix: str, suffix: str, extra: list[tuple[str, str]] | None = None
@@ -215,7 +214,7 @@ class Asking:
         check_text(text)
         return self._service.conversations.encode(text, special=special)
 
-    def _options(self, body: Sampling, prompt: int, wanted: int | None, field: str = "messages") -> Options:
+    def _options(self, body: Sampling, prompt: int, wanted: int | None) -> Options:
         room = self._service.context - prompt
         if room < 1:
             raise too_long(prompt, self._service.context)
@@ -288,8 +287,12 @@ def _schemas(tools: list[Tool]) -> Tools:
     return {tool.function.name: tool.function.parameters or {} for tool in tools}
 
 
-def _is_tokens(prompt: object) -> bool:
-    return isinstance(prompt, list) and all(isinstance(token, int) for token in prompt)
+def _prompts(prompt: str | list[int] | list[str] | list[list[int]]) -> list[str | list[int]]:
+    """Each prompt by itself."""
+    if isinstance(prompt, str):
+        return [prompt]
+    ids = [token for token in prompt if isinstance(token, int)]
+    return [ids] if ids else [each for each in prompt if not isinstance(each, int)]
 
 
 def _joined(content: str | list[TextPart]) -> str:

@@ -11,7 +11,7 @@ _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def check_body(body: bytes, nesting: int) -> None:
-    """Raises RefusedError for a body that would break whoever reads it. What is no JSON at all is left to the parser."""
+    """Raises RefusedError for what would break whoever reads it. What is no JSON at all is left to the parser."""
     try:
         body.decode()
     except UnicodeDecodeError as error:
@@ -37,6 +37,8 @@ def _check_surrogates(body: bytes) -> None:
     try:
         json.dumps(json.loads(body), ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        raise RefusedError(400, "the body has half of a surrogate pair, which is no text; send whole characters") from None
+        raise RefusedError(
+            400, "the body has half of a surrogate pair, which is no text; send whole characters"
+        ) from None
     except ValueError:  # the parser will say it
         return

@@ -107,7 +107,9 @@ class Guard:
             return None
         if len(origins) > 1 or not self.access.welcomes(origins[0], hosts[0]):
             shown = ", ".join(origins)[:80]
-            raise RefusedError(403, f"pages of {shown!r} may not ask this server; start it with --allow-origin for them")
+            raise RefusedError(
+                403, f"pages of {shown!r} may not ask this server; start it with --allow-origin for them"
+            )
         return origins[0]
 
     def _check_key(self, scope: Scope, headers: Headers) -> None:

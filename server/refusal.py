@@ -87,7 +87,6 @@ def too_long(prompt: int, context: int) -> RefusedError:
         400,
         f"this model's maximum context length is {context} tokens and the prompt has {prompt}; "
         f"shorten it to at most {context - 1}",
-        param="messages",
         code="context_length_exceeded",
         extra={"n_prompt_tokens": prompt, "n_ctx": context},
     )

@@ -3,8 +3,7 @@
 import asyncio
 import errno
 import socket
-from asyncio import TimerHandle, Transport, create_task, to_thread
-from typing import cast
+from asyncio import TimerHandle, create_task, to_thread
 
 import h11
 import uvicorn
@@ -105,4 +104,4 @@ class Patient(H11Protocol):
             self._deadline = None
 
     def _hang_up(self) -> None:
-        cast(Transport, self.transport).close()
+        self.transport.close()

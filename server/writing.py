@@ -1,6 +1,7 @@
 """The routes that write text: chat, completions, infill."""
 
 import asyncio
+from typing import Any
 from uuid import uuid4
 
 from fastapi import APIRouter, Response
@@ -17,7 +18,9 @@ from mtp_mlx.server.service import Service
 from mtp_mlx.server.shape import Frame
 from mtp_mlx.server.wire import ChatRequest, CompletionRequest, InfillRequest
 
-_STREAM = {200: {"description": "One body, or a stream of events", "content": {"text/event-stream": {}}}}
+_STREAM: dict[int | str, dict[str, Any]] = {
+    200: {"description": "One body, or a stream of events", "content": {"text/event-stream": {}}}
+}
 
 
 class Writing:
