@@ -1,5 +1,6 @@
 """A server over a tiny model whose every word is given: real tokens, markers included, through the real engine."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -7,6 +8,7 @@ from functools import cache
 from typing import Any
 
 import mlx.core as mx
+import pytest
 from conftest import FIXTURES
 from mlx_lm.tokenizer_utils import BPEStreamingDetokenizer, TokenizerWrapper
 from replies import tokenizer
@@ -125,3 +127,60 @@ def serving(
             yield client, engine
     finally:
         engine.close(10)
+
+
+@pytest.fixture(scope="session")
+def _shared() -> Iterator[tuple[TestClient, Scripted]]:
+    with serving(limits=Limits(choices=8, schema=4096)) as served:
+        yield served
+
+
+@pytest.fixture
+def served(_shared: tuple[TestClient, Scripted]) -> "Served":
+    """A server for all tests; what its model says is up to each."""
+    client, engine = _shared
+    engine.script = None
+    engine.seen.clear()
+    return Served(client, engine)
+
+
+@dataclass(frozen=True)
+class Served:
+    """A client, and the engine behind its server."""
+
+    client: TestClient
+    engine: Scripted
+
+    def post(self, path: str, **body: Any) -> Any:
+        """The body of an answer that went well."""
+        answer = self.client.post(path, json=body)
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    def stream(self, path: str, **body: Any) -> list[dict[str, Any]]:
+        """The chunks of a stream that ends as it should."""
+        answer = self.client.post(path, json=body | {"stream": True})
+        assert answer.status_code == 200, answer.text
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        return chunks(answer.text)
+
+    def refused(self, path: str, **body: Any) -> dict[str, Any]:
+        """The error of a request that is refused with 400."""
+        answer = self.client.post(path, json=body)
+        assert answer.status_code == 400, answer.text
+        error: dict[str, Any] = answer.json()["error"]
+        assert error.keys() >= {"message", "type", "param", "code"} and error["type"] == "invalid_request_error"
+        return error
+
+    def says(self, script: str) -> "Served":
+        self.engine.script = script
+        return self
+
+
+def chunks(text: str, done: bool = True) -> list[dict[str, Any]]:
+    """What is in a stream of events."""
+    frames = [frame for frame in text.split("\n\n") if frame and not frame.startswith(":")]
+    assert all(frame.startswith("data: ") for frame in frames)
+    if done:
+        assert frames.pop() == "data: [DONE]"
+    return [json.loads(frame.removeprefix("data: ")) for frame in frames]
