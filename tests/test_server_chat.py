@@ -63,7 +63,12 @@ def test_an_answer_has_the_shape_of_openai(served: Served) -> None:
         (
             f"{CALL}\n{SECOND}",
             False,
-            ("", "", [("weather", {"city": "Paris", "days": 3}), ("weather", {"city": "Rome", "days": 14})], "tool_calls"),
+            (
+                "",
+                "",
+                [("weather", {"city": "Paris", "days": 3}), ("weather", {"city": "Rome", "days": 14})],
+                "tool_calls",
+            ),
         ),
         (f"No {BROKEN}", False, (f"No {BROKEN}", "", [], "stop")),
         ("", False, ("", "", [], "stop")),
@@ -120,7 +125,9 @@ def test_tokens_are_told_with_their_bytes_and_rivals(served: Served) -> None:
     said = b"".join(bytes(token["bytes"]) for token in told)
     assert said.decode().removesuffix(END) == "Grüße \U0001f600"
     assert all(len(token["top_logprobs"]) == 3 and token["logprob"] <= 0 for token in told)
-    assert all(best["logprob"] >= token["top_logprobs"][1]["logprob"] for token in told for best in token["top_logprobs"][:1])
+    assert all(
+        best["logprob"] >= token["top_logprobs"][1]["logprob"] for token in told for best in token["top_logprobs"][:1]
+    )
     bare = served.post(CHAT, **PLAIN, logprobs=True)["choices"][0]["logprobs"]["content"]
     assert all(token["top_logprobs"] == [] for token in bare)
 
