@@ -58,20 +58,29 @@ def test_it_serves_until_a_signal(number: signal.Signals, tmp_path: Path) -> Non
     arguments = ["serve", "--model", MODEL, "--port", "0", "--api-key-file", str(key), "--name", "tiny"]
     code = "import sys; from mtp_mlx.cli.main import main; sys.argv[0] = 'mtp-mlx'; main()"
     with subprocess.Popen([sys.executable, "-c", code, *arguments], stderr=subprocess.PIPE, text=True) as served:
-        assert served.stderr is not None
-        said = []
-        for told in served.stderr:
-            said.append(told)
-            if told.startswith("listening on "):
-                break
-        assert any(told.startswith("model: tiny, context 1024") for told in said)
-        assert any(told.startswith("drafter: ") and "lies in the target's folder" in told for told in said)
-        assert "k3y" not in "".join(said)
-        address = said[-1].split()[2]
-        asked = urllib.request.Request(f"{address}/v1/models", headers={"authorization": "Bearer k3y"})
-        with urllib.request.urlopen(asked, timeout=20) as answer:
-            assert json.load(answer)["data"][0]["id"] == "tiny"
-        served.send_signal(number)
-        _, rest = served.communicate(timeout=30)
+        try:
+            said = _asked(served)
+            served.send_signal(number)
+            _, rest = served.communicate(timeout=30)
+        finally:
+            served.kill()
+    assert any(told.startswith("model: tiny, context 1024") for told in said)
+    assert any(told.startswith("drafter: ") and "lies in the target's folder" in told for told in said)
+    assert "k3y" not in "".join(said)
     assert served.returncode == 0, rest
     assert "GET /v1/models 200 ok" in rest and "Traceback" not in rest
+
+
+def _asked(served: "subprocess.Popen[str]") -> list[str]:
+    """What a server says until it listens; it is then asked for its models."""
+    assert served.stderr is not None
+    said = []
+    for told in served.stderr:
+        said.append(told)
+        if told.startswith("listening on "):
+            break
+    address = said[-1].split()[2]
+    asked = urllib.request.Request(f"{address}/v1/models", headers={"authorization": "Bearer k3y"})
+    with urllib.request.urlopen(asked, timeout=20) as answer:
+        assert json.load(answer)["data"][0]["id"] == "tiny"
+    return said

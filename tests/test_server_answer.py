@@ -55,7 +55,7 @@ def _call(client: TestClient, body: dict[str, Any], leave: Callable[[list[Messag
     async def run(app: Callable[..., Awaitable[None]]) -> None:
         await asyncio.wait_for(app(scope, receive, send), 20)
 
-    asyncio.run(run(client.app))  # type: ignore[arg-type]
+    asyncio.run(run(client.app))
     return sent
 
 

@@ -193,7 +193,7 @@ def test_hosts_must_be_given_once() -> None:
 
     guard = Guard(_nothing, Access(), Limits())
     asyncio.run(guard(dict(scope), receive, send))
-    asyncio.run(guard(scope | {"headers": []}, receive, send))
+    asyncio.run(guard({**scope, "headers": []}, receive, send))
     assert [message["status"] for message in sent if "status" in message] == [403, 403]
 
 
