@@ -148,7 +148,7 @@ class Conversations:
 
     def _marks(self, talk: _Talk, text: str, encoded: Encoded) -> Iterator[int]:
         for place in self._turning_points(talk, text):
-            ends = (side for border in encoded.borders for side in _sides(border.index, border.start, border.end))
+            ends = (side for border in encoded.borders for side in _sides(border.at, border.start, border.end))
             mark = max((count for count, at in ends if at <= place), default=0)
             if 0 < mark < len(encoded.ids):
                 yield mark

@@ -21,9 +21,9 @@ _OVERHEAD = 256  # bytes of an entry beside its text and ids, roughly
 
 
 class Border(NamedTuple):
-    """An added token: its index among the ids, and where its text begins and ends."""
+    """An added token: where it is among the ids, and where its text begins and ends."""
 
-    index: int
+    at: int
     start: int
     end: int
     reach: int  # where the white space begins that it swallows; `start` for most tokens
@@ -66,7 +66,7 @@ class Replay:
             if self._runs.nbytes:
                 read = self._replayed(text, read, head)
         shift = len(head)
-        borders = tuple(border._replace(index=border.index + shift) for border in read.borders)
+        borders = tuple(border._replace(at=border.at + shift) for border in read.borders)
         return Encoded([*head, *read.ids, *tail], borders)
 
     def remember(self, ids: Sequence[int]) -> None:
@@ -107,13 +107,13 @@ class Replay:
         starts = [stop.start for stop in stops]
         at, place, i = 0, 0, 0
         while i < len(stops):
-            i, run = self._found(trail, text, place, stops, starts, i) or (i, read.ids[at : stops[i].index])
+            i, run = self._found(trail, text, place, stops, starts, i) or (i, read.ids[at : stops[i].at])
             stop = stops[i]
-            run = [*run, *read.ids[stop.index : stop.index + 1]]
+            run = [*run, *read.ids[stop.at : stop.at + 1]]
             ids += run
             trail.add(run)
-            borders.append(stop._replace(index=len(ids) - 1))
-            at, place, i = stop.index + 1, stop.end, i + 1
+            borders.append(stop._replace(at=len(ids) - 1))
+            at, place, i = stop.at + 1, stop.end, i + 1
         return Encoded(ids, tuple(borders[:-1]))
 
     def _found(
@@ -236,15 +236,15 @@ class _Runs:
 
 def _differing(ids: list[int], mine: list[Border], text: str, read: Encoded) -> Iterator[tuple[bytes, _Run]]:
     """Each stretch between two added tokens that both sides have in which the tokenizer differs, and what precedes."""
-    theirs = {(border.start, border.end, read.ids[border.index]): border.index for border in read.borders}
+    theirs = {(border.start, border.end, read.ids[border.at]): border.at for border in read.borders}
     common = [
-        (border, theirs[key]) for border in mine if (key := (border.start, border.end, ids[border.index])) in theirs
+        (border, theirs[key]) for border in mine if (key := (border.start, border.end, ids[border.at])) in theirs
     ]
     common.append((Border(len(ids), len(text), len(text), len(text)), len(read.ids)))
     trail, at, other, place = _Trail(), 0, 0, 0
     for border, index in common:
-        run = ids[at : border.index]
+        run = ids[at : border.at]
         if run != read.ids[other:index]:
             yield trail.digest, _Run(text[place : border.start], array("I", run))
-        trail.add(ids[at : border.index + 1])
-        at, other, place = border.index + 1, index + 1, border.end
+        trail.add(ids[at : border.at + 1])
+        at, other, place = border.at + 1, index + 1, border.end
