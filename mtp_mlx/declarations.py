@@ -8,6 +8,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from mtp_mlx.errors import RequestError
+
 _OF_VALUE = {
     str: "string",
     bool: "boolean",
@@ -17,42 +19,50 @@ _OF_VALUE = {
     dict: "object",
     type(None): "null",
 }
-_DEEPEST = 16  # references may go in circles
+_DEEPEST = 16  # references and alternatives within one node
+_MOST = 2000  # nodes of a tool; references may multiply them
 _ALTERNATIVES = ("anyOf", "oneOf")
 # Said in the description, since there is no other place for it.
 _REMARKS = ("format", "pattern", "default", "minimum", "maximum", "minLength", "maxLength", "minItems", "maxItems")
 
 
 def plain_tool(tool: Mapping[str, Any]) -> dict[str, Any]:
-    """A tool whose parameters are an object of plain nodes."""
+    """A tool whose parameters are an object of plain nodes. Raises RequestError for thousands of them."""
     function = tool["function"]
     parameters = function.get("parameters") or {}
     plain = {
         "name": function["name"],
         "description": _text(function.get("description")),
-        "parameters": _Schema(parameters).object(parameters),
+        "parameters": _Schema(function["name"], parameters).object(parameters),
     }
     return {"type": "function", "function": plain}
 
 
 class _Schema:
-    """A schema, to whose root references lead."""
+    """A schema, to whose root references lead. One that leads back to where it stands is not followed again."""
 
-    def __init__(self, root: Mapping[str, Any]):
+    def __init__(self, name: str, root: Mapping[str, Any]):
+        self._name = name
         self._root = root
+        self._count = 0
 
-    def object(self, node: Mapping[str, Any], depth: int = 0) -> dict[str, Any]:
+    def object(self, node: Mapping[str, Any], seen: frozenset[str] = frozenset()) -> dict[str, Any]:
         """The node of an object. A template may expect the properties to be there."""
-        node = self._resolved(node)
+        node, seen = self._resolved(node, seen)
         properties = node.get("properties")
         members = properties if isinstance(properties, Mapping) else {}
         required = node.get("required")
         names = [name for name in required if name in members] if isinstance(required, list) else []
-        plain = {str(name): self._node(member, depth + 1) for name, member in members.items()}
+        plain = {str(name): self._node(member, seen) for name, member in members.items()}
         return {"type": "object", "properties": plain} | ({"required": names} if names else {})
 
-    def _node(self, given: Any, depth: int) -> dict[str, Any]:
-        node = self._resolved(given) if isinstance(given, Mapping) and depth < _DEEPEST else {}
+    def _node(self, given: Any, seen: frozenset[str]) -> dict[str, Any]:
+        self._count += 1
+        if self._count > _MOST:
+            raise RequestError(
+                f"the parameters of tool {self._name} are more than {_MOST}, references included; simplify its schema"
+            )
+        node, seen = self._resolved(given if isinstance(given, Mapping) else {}, seen)
         kinds = _types(node)
         kind = next((name for name in kinds if name != "null"), "string")
         plain: dict[str, Any] = {"type": kind, "description": _described(node, kinds)}
@@ -61,17 +71,20 @@ class _Schema:
         if values := _values(node):
             plain["enum"] = values
         if kind == "object":
-            plain |= self.object(node, depth)
+            plain |= self.object(node, seen)
         if kind == "array":
-            plain["items"] = self._node(node.get("items"), depth + 1)
+            plain["items"] = self._node(node.get("items"), seen)
         return plain
 
-    def _resolved(self, node: Mapping[str, Any]) -> dict[str, Any]:
-        """A node with what it refers to, all of `allOf`, and the first of its alternatives that is not null."""
+    def _resolved(self, node: Mapping[str, Any], seen: frozenset[str]) -> tuple[dict[str, Any], frozenset[str]]:
+        """A node with what it refers to, all of `allOf`, and the first of its alternatives that is not null; and the
+        references that led there."""
         merged = dict(node)
         for _ in range(_DEEPEST):
             if "$ref" in merged:
-                merged = self._target(merged.pop("$ref")) | merged
+                reference = str(merged.pop("$ref"))
+                merged = (self._target(reference) if reference not in seen else {}) | merged
+                seen |= {reference}
             elif "allOf" in merged:
                 for part in _mappings(merged.pop("allOf")):
                     merged = _joined(merged, part)
@@ -79,7 +92,7 @@ class _Schema:
                 merged = self._chosen(merged, _mappings(merged.pop(keyword)))
             else:
                 break
-        return merged
+        return merged, seen
 
     def _chosen(self, node: dict[str, Any], alternatives: list[Mapping[str, Any]]) -> dict[str, Any]:
         real = [choice for choice in alternatives if choice.get("type") != "null"]
@@ -90,9 +103,9 @@ class _Schema:
             node["description"] = _sentence(node.get("description"), "or " + " or ".join(map(_compact, real[1:])))
         return node
 
-    def _target(self, reference: Any) -> dict[str, Any]:
+    def _target(self, reference: str) -> dict[str, Any]:
         """What a reference within the schema leads to; nothing where it leads elsewhere."""
-        if not isinstance(reference, str) or not reference.startswith("#"):
+        if not reference.startswith("#"):
             return {}
         node: Any = self._root
         for step in reference.removeprefix("#").split("/")[1:]:

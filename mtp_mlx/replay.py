@@ -237,9 +237,7 @@ class _Runs:
 def _differing(ids: list[int], mine: list[Border], text: str, read: Encoded) -> Iterator[tuple[bytes, _Run]]:
     """Each stretch between two added tokens that both sides have in which the tokenizer differs, and what precedes."""
     theirs = {(border.start, border.end, read.ids[border.at]): border.at for border in read.borders}
-    common = [
-        (border, theirs[key]) for border in mine if (key := (border.start, border.end, ids[border.at])) in theirs
-    ]
+    common = [(border, theirs[key]) for border in mine if (key := (border.start, border.end, ids[border.at])) in theirs]
     common.append((Border(len(ids), len(text), len(text), len(text)), len(read.ids)))
     trail, at, other, place = _Trail(), 0, 0, 0
     for border, index in common:

@@ -102,7 +102,7 @@ ALLOWED = {
     "mtp_mlx.replay": set(),
     "mtp_mlx.infill": {"errors"},
     "mtp_mlx.messages": {"errors"},
-    "mtp_mlx.declarations": set(),
+    "mtp_mlx.declarations": {"errors"},
     "mtp_mlx.templates": {"declarations", "errors", "messages"},
     "mtp_mlx.conversation": {"dialects", "errors", "marks", "messages", "replay", "templates"},
     "mtp_mlx.cli.display": {"generate", "loading", "stats"},
