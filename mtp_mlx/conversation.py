@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from types import MappingProxyType
 from typing import Any
 
@@ -44,9 +45,10 @@ class Prompt:
 
 @dataclass(frozen=True)
 class _Talk:
-    """What a template is given."""
+    """What a template is given. `other` begins as the messages do, up to where the system has spoken."""
 
     messages: list[Message]
+    other: list[Message]
     tools: list[Mapping[str, Any]]
     options: Mapping[str, Any]
     continued: bool
@@ -131,7 +133,9 @@ class Conversations:
             _check_continued(read[-1])
         options = _options(thinking, effort, template_options)
         told = self._template.fitted_tools(read_tools(tools))
-        return _Talk(self._template.fitted(read), told, options, continue_last)
+        head = list(takewhile(lambda message: message["role"] == "system", read))
+        other = self._template.fitted([*head, _other(read, len(head))]) if head or told else []
+        return _Talk(self._template.fitted(read), other, told, options, continue_last)
 
     def _rendered(self, talk: _Talk) -> str:
         if not talk.continued:
@@ -157,15 +161,12 @@ class Conversations:
         """Where in a text other conversations may take another turn: after system text and tools, before and after
         the last message of a user, and after the last message of all."""
         messages = talk.messages
-        head = int(messages[0]["role"] == "system")
-        last = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=head)
-        others: list[tuple[list[Message], bool]] = []
-        if head or talk.tools:
-            others.append(([*messages[:head], _other(messages, head)], True))
-        if last > head:
-            others.append(([*messages[:last], _other(messages, last)], True))
-        if head <= last < len(messages) - 1:
-            others.append((messages[: last + 1], False))
+        users = [i for i, message in enumerate(messages) if message["role"] == "user"]
+        others = [(talk.other, True)] if talk.other else []
+        if len(users) > 1:
+            others.append(([*messages[: users[-1]], _other(messages, users[-1])], True))
+        if users and users[-1] < len(messages) - 1:
+            others.append((messages[: users[-1] + 1], False))
         if not talk.continued:
             others.append((messages, False))
         for other, asks in others:

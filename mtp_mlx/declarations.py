@@ -20,6 +20,7 @@ _OF_VALUE = {
     type(None): "null",
 }
 _DEEPEST = 16  # references and alternatives within one node
+_SAID = {"type", "description"}  # of what a reference leads back to
 _MOST = 2000  # nodes of a tool; references may multiply them
 _ALTERNATIVES = ("anyOf", "oneOf")
 # Said in the description, since there is no other place for it.
@@ -27,15 +28,15 @@ _REMARKS = ("format", "pattern", "default", "minimum", "maximum", "minLength", "
 
 
 def plain_tool(tool: Mapping[str, Any]) -> dict[str, Any]:
-    """A tool whose parameters are an object of plain nodes. Raises RequestError for thousands of them."""
+    """A tool whose parameters are an object of plain nodes. Raises RequestError for too many."""
     function = tool["function"]
     parameters = function.get("parameters") or {}
-    plain = {
-        "name": function["name"],
-        "description": _text(function.get("description")),
-        "parameters": _Schema(function["name"], parameters).object(parameters),
-    }
-    return {"type": "function", "function": plain}
+    try:
+        plain = _Schema(function["name"], parameters).object(parameters)
+    except RecursionError:
+        raise RequestError(f"the parameters of tool {function['name']} are nested too deeply; simplify them") from None
+    described = {"name": function["name"], "description": _text(function.get("description")), "parameters": plain}
+    return {"type": "function", "function": described}
 
 
 class _Schema:
@@ -83,7 +84,8 @@ class _Schema:
         for _ in range(_DEEPEST):
             if "$ref" in merged:
                 reference = str(merged.pop("$ref"))
-                merged = (self._target(reference) if reference not in seen else {}) | merged
+                target = self._target(reference)
+                merged = ({key: target[key] for key in _SAID & target.keys()} if reference in seen else target) | merged
                 seen |= {reference}
             elif "allOf" in merged:
                 for part in _mappings(merged.pop("allOf")):

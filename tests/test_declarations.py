@@ -61,13 +61,21 @@ def test_references_are_followed_and_may_go_in_circles() -> None:
 def test_references_that_multiply_come_to_an_end() -> None:
     wide = {"type": "object", "properties": {name: {"$ref": "#/$defs/tree"} for name in "abcdefgh"}}
     members = _plain({"$ref": "#/$defs/tree"}, **{"$defs": {"tree": wide}})["properties"]
-    assert sorted(members) == list("abcdefgh") and {node["type"] for node in members.values()} == {"string"}
+    assert sorted(members) == list("abcdefgh") and all(node["properties"] == {} for node in members.values())
     laughs = {
         f"{i}": {"type": "object", "properties": {name: {"$ref": f"#/$defs/{i + 1}"} for name in "abcdefgh"}}
         for i in range(10)
     }
     with pytest.raises(RequestError, match="parameters of tool f are more than 2000"):
         _plain({"$ref": "#/$defs/0"}, **{"$defs": laughs})
+
+
+def test_what_is_nested_too_deeply_is_refused() -> None:
+    node: dict[str, Any] = {}
+    for _ in range(1500):
+        node = {"type": "array", "items": node}
+    with pytest.raises(RequestError, match="nested too deeply"):
+        _plain(node)
 
 
 def test_all_of_is_put_together() -> None:

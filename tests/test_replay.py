@@ -124,9 +124,13 @@ def test_no_memory_changes_a_text(kind: str, pieces: list[str], memories: list[l
     for cut in cuts:  # of the same text, otherwise than the tokenizer does it
         replay.remember(letters(wrapper, text[:cut]))
     again, expected = text_of(wrapper, replay.encode(text).ids), text_of(wrapper, ids_of(wrapper, text))
-    if kind == "composing":  # a memory may hold letters as they are written, which the tokenizer composes
-        again, expected = normalize("NFC", again), normalize("NFC", expected)
+    if kind not in ("bytes", "blank"):  # these tokenizers change texts; a memory has them as they were
+        again, expected = _essence(again), _essence(expected)
     assert again == expected
+
+
+def _essence(text: str) -> str:
+    return "".join(normalize("NFC", text).split())
 
 
 @pytest.mark.parametrize("kind", KINDS)
