@@ -182,15 +182,12 @@ def result(content: Any, key: str = "call_1") -> dict[str, Any]:
     return {"role": "tool", "tool_call_id": key, "content": content}
 
 
+CITY = {
+    "type": "object",
+    "properties": {"city": {"type": "string", "description": "its name"}, "days": {"type": "integer"}},
+    "required": ["city"],
+}
 WEATHER = {
     "type": "function",
-    "function": {
-        "name": "weather",
-        "description": "The weather in a city.",
-        "parameters": {
-            "type": "object",
-            "properties": {"city": {"type": "string", "description": "its name"}, "days": {"type": "integer"}},
-            "required": ["city"],
-        },
-    },
+    "function": {"name": "weather", "description": "The weather in a city.", "parameters": CITY},
 }

@@ -5,7 +5,21 @@ from typing import Any
 
 import pytest
 from conftest import FIXTURES
-from talks import BRACES, FIELDS, STRICT, TAGS, WEATHER, answer, call, conversations, result, system, tokenizer, user
+from talks import (
+    BRACES,
+    CITY,
+    FIELDS,
+    STRICT,
+    TAGS,
+    WEATHER,
+    answer,
+    call,
+    conversations,
+    result,
+    system,
+    tokenizer,
+    user,
+)
 
 from mtp_mlx.conversation import EFFORTS, Conversations
 from mtp_mlx.dialects import PLAIN, Dialect, find_dialect
@@ -14,6 +28,7 @@ from mtp_mlx.generate import rendered
 from mtp_mlx.hub import DEMO
 from mtp_mlx.loading import load
 from mtp_mlx.speech import Content, Event, Parser, Reasoning, ToolCallArguments, ToolCallStart
+from mtp_mlx.templates import Template
 
 TALK = [system("Be brief."), user("hello"), answer("hello"), user("the answer?")]
 
@@ -207,17 +222,16 @@ def test_a_turn_more_has_the_marks_of_its_beginning_in_common(template: str) -> 
 
 
 def test_a_prompt_costs_few_renderings(monkeypatch: pytest.MonkeyPatch) -> None:
-    chat, wrapper = conversations(), tokenizer(TAGS)
+    chat = conversations()
     chat.prompt(TALK)
-    count = 0
-    render = wrapper.apply_chat_template
+    count, render = 0, Template.render
 
-    def counted(*given: Any, **more: Any) -> Any:
+    def counted(*given: Any, **more: Any) -> str:
         nonlocal count
         count += 1
         return render(*given, **more)
 
-    monkeypatch.setattr(type(wrapper), "apply_chat_template", lambda _, *given, **more: counted(*given, **more))
+    monkeypatch.setattr(Template, "render", counted)
     chat.prompt(TALK, [WEATHER])
     assert count == 4
 
@@ -240,11 +254,8 @@ def _loosely(template: str, text: str) -> list[int]:
 def _heard(template: str, ids: list[int], starts_thinking: bool) -> dict[str, Any]:
     """The message that a client makes of a reply, and sends back."""
     wrapper, content, reasoning, name, arguments = tokenizer(template), "", "", "", ""
-    parser = Parser(
-        find_dialect(wrapper.get_vocab()),
-        tools={"weather": WEATHER["function"]["parameters"]},
-        starts_thinking=starts_thinking,
-    )
+    dialect = find_dialect(wrapper.get_vocab())
+    parser = Parser(dialect, tools={"weather": CITY}, starts_thinking=starts_thinking)
     events: list[Event] = [event for token in ids for event in parser.feed(token, _text([token], template))]
     for event in [*events, *parser.finish("stop")]:
         match event:

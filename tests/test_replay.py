@@ -235,12 +235,12 @@ def test_what_the_tokenizer_would_say_takes_no_memory() -> None:
 
 
 def test_a_tokenizer_that_changes_text_on_its_own_is_left_alone() -> None:
-    class Lines(PreTrainedTokenizerFast):  # type: ignore[misc]
+    class Lines(PreTrainedTokenizerFast):
         def encode(self, text: str, **options: bool) -> list[int]:
             ids: list[int] = super().encode(text.replace("\n", " "), **options)
             return ids
 
-    wrapper = TokenizerWrapper(Lines(tokenizer_object=tokenizer().backend_tokenizer))
+    wrapper = TokenizerWrapper(Lines(tokenizer_object=tokenizer().backend_tokenizer))  # type: ignore[no-untyped-call]
     replay = Replay(wrapper)
     replay.remember(letters(wrapper, "hello world"))
     assert replay.encode("hello\nworld").ids == ids_of(tokenizer(), "hello world")
