@@ -97,7 +97,7 @@ def _arguments(given: Any, where: str) -> dict[str, Any]:
     if given is None or given == "":
         return {}
     try:
-        value = json.loads(given) if isinstance(given, str) else given
+        value = json.loads(given, parse_constant=_refuse) if isinstance(given, str) else given
     except (ValueError, RecursionError):
         raise RequestError(f"{where} is not JSON: {_short(given)}; give an object, written as JSON") from None
     if not isinstance(value, Mapping):
@@ -105,11 +105,17 @@ def _arguments(given: Any, where: str) -> dict[str, Any]:
     return dict(value)
 
 
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
+
+
 def _result(message: Mapping[str, Any], where: str, names: dict[str, str]) -> Message:
     key = message.get("tool_call_id")
     if not isinstance(key, str) or key not in names:
-        known = ", ".join(sorted(names)) or "none"
-        raise RequestError(f"{where}.tool_call_id is {key!r}, calls before it are {known}; give the id of such a call")
+        known = ", ".join(list(names)[-5:]) or "none"
+        raise RequestError(
+            f"{where}.tool_call_id is {key!r}, the latest calls before it are {known}; give the id of such a call"
+        )
     content = _text(message.get("content"), f"{where}.content")
     return {"role": "tool", "tool_call_id": key, "name": names[key], "content": content}
 

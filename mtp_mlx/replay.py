@@ -43,6 +43,7 @@ class Replay:
     def __init__(self, tokenizer: TokenizerWrapper, budget: int = BUDGET):
         self._tokenizer = tokenizer
         self._added = tokenizer.added_tokens_decoder
+        self._anchor = list(self._added)[:1]
         self._runs = _Runs(budget)
         self._lock = Lock()
         self._backend = tokenizer.backend_tokenizer if tokenizer.is_fast else None
@@ -142,8 +143,7 @@ class Replay:
 
     def _within(self, ids: list[int]) -> str:
         """The text of ids that do not come first; a decoder may strip a space where a text begins."""
-        anchor = list(self._added)[:1]
-        return self._decode(anchor + ids)[len(self._decode(anchor)) :] if ids else ""
+        return self._decode(self._anchor + ids)[len(self._decode(self._anchor)) :] if ids else ""
 
     def _trimmed(self, run: "_Run") -> "_Run | None":
         """A run without white space at its end, which templates strip; none where a token holds both."""

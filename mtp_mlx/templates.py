@@ -132,9 +132,10 @@ class Template:
     def _results(self, calls: str) -> Literal["message", "field", "none"]:
         form: Callable[[Message], Message] = _with_text_arguments if calls == "text" else dict
         messages = [form(message) for message in [*_called(), _RESULT]]
-        if _B in self._tried(messages):
-            return "message"
-        return "field" if _B in self._tried(_with_results_inside(messages)) else "none"
+        # The field first: a template that knows it may render any role whatever, as a turn of its own.
+        if _B in self._tried(_with_results_inside(messages)):
+            return "field"
+        return "message" if _B in self._tried(messages) else "none"
 
     def _tried(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = (), **options: Any) -> str:
         """What the template makes of messages; nothing where it refuses them."""

@@ -91,9 +91,10 @@ DEEP = "[" * 100_000
         ([answer("", tool_calls=[call('{"a": ')])], r"tool_calls\[0\].function.arguments is not JSON: '\{\"a\": '"),
         ([answer("", tool_calls=[call("[1]")])], r"arguments is a list; give an object"),
         ([answer("", tool_calls=[call(DEEP)])], "arguments is not JSON"),
+        ([answer("", tool_calls=[call('{"a": NaN}')])], "arguments is not JSON"),
         ([answer("", tool_calls=[call(3)])], "arguments is a number; give an object"),
-        ([user("a"), result("b")], r"messages\[1\].tool_call_id is 'call_1', calls before it are none"),
-        ([answer("", tool_calls=[call("{}")]), result("b", "x")], "is 'x', calls before it are call_1"),
+        ([user("a"), result("b")], r"messages\[1\].tool_call_id is 'call_1', the latest calls before it are none"),
+        ([answer("", tool_calls=[call("{}")]), result("b", "x")], "is 'x', the latest calls before it are call_1"),
         ([answer("", tool_calls=[call("{}")]), {"role": "tool", "content": "a"}], "tool_call_id is None"),
     ],
 )

@@ -59,6 +59,13 @@ def test_a_result_goes_on_with_the_turn_that_called() -> None:
     assert text.count("<|turn>model") == 2  # that turn, and the one to come
 
 
+def test_a_result_goes_where_the_template_looks_for_it() -> None:
+    any_role = FIELDS.replace("message.role not in ['user', 'assistant']", "false")
+    assert Template(tokenizer(any_role)).traits.results == "field"
+    text = _fitted(any_role, CALLED)
+    assert "</tool_call>[weather: sunny]" in text and "<|im_start|>tool" not in text
+
+
 def test_a_template_without_calls_refuses_them() -> None:
     with pytest.raises(RequestError, match="no place for calls"):
         _fitted(STRICT, CALLED)
