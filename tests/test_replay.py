@@ -184,6 +184,18 @@ def test_a_marker_that_was_only_spelled_is_replayed_as_spelled() -> None:
     assert replay.encode(text + " hello<end>").ids == ids_of(wrapper, text + " hello<end>")
 
 
+def test_the_longest_of_what_is_known_is_replayed() -> None:
+    wrapper = tokenizer()
+    replay = Replay(wrapper)
+    prompt = ids_of(wrapper, "<bos>hello<end>")
+    marked = [*prompt, *letters(wrapper, "so "), marker(wrapper, "<think>"), marker(wrapper, "<end>")]
+    spelled = [*prompt, *letters(wrapper, "so <"), *letters(wrapper, "think> it is"), marker(wrapper, "<end>")]
+    replay.remember(marked)
+    replay.remember(spelled)
+    assert replay.encode(text_of(wrapper, spelled)).ids == spelled
+    assert replay.encode(text_of(wrapper, marked)).ids == marked
+
+
 def test_white_space_that_a_template_strips_costs_nothing_before_it() -> None:
     wrapper = tokenizer()
     replay = Replay(wrapper)
