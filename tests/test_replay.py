@@ -188,8 +188,8 @@ def test_the_longest_of_what_is_known_is_replayed() -> None:
     wrapper = tokenizer()
     replay = Replay(wrapper)
     prompt = ids_of(wrapper, "<bos>hello<end>")
-    marked = [*prompt, *letters(wrapper, "so "), marker(wrapper, "<think>"), marker(wrapper, "<end>")]
-    spelled = [*prompt, *letters(wrapper, "so <"), *letters(wrapper, "think> it is"), marker(wrapper, "<end>")]
+    marked = [*prompt, *letters(wrapper, "hello "), marker(wrapper, "<think>"), marker(wrapper, "<end>")]
+    spelled = [*prompt, *letters(wrapper, "hello <"), *letters(wrapper, "think> it is"), marker(wrapper, "<end>")]
     replay.remember(marked)
     replay.remember(spelled)
     assert replay.encode(text_of(wrapper, spelled)).ids == spelled
