@@ -167,8 +167,7 @@ class Conversations:
             others.append(([*messages[: users[-1]], _other(messages, users[-1])], True))
         if users and users[-1] < len(messages) - 1:
             others.append((messages[: users[-1] + 1], False))
-        if not talk.continued:
-            others.append((messages, False))
+        others.append((messages, False))
         for other, asks in others:
             try:
                 yield _shared(text, self._template.render(other, talk.tools, talk.options, asks=asks))

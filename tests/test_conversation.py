@@ -135,6 +135,11 @@ def test_the_last_message_is_continued_where_it_stops(template: str) -> None:
     assert chat.prompt(messages, continue_last=True).ids[-1:] == chat.encode("is ", special=False)[-1:]
 
 
+def test_the_beginning_of_what_is_continued_is_a_mark() -> None:
+    prompt = conversations(BRACES).prompt([user("hello"), answer("the answer")], continue_last=True)
+    assert _text(prompt.ids[: prompt.marks[-1]], BRACES).endswith("hello<turn|>\n<|turn>")
+
+
 @pytest.mark.parametrize(
     ("messages", "words"),
     [
