@@ -25,6 +25,8 @@ CHAT = "/v1/chat/completions"
         ({"temperature": "1"}, "temperature"),
         ({"temperature": True}, "temperature"),
         ({"top_p": 1.5}, "top_p"),
+        ({"repeat_penalty": 5e-324}, "repeat_penalty"),
+        ({"repetition_penalty": 11}, "repetition_penalty"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": 1.5}, "max_tokens"),
         ({"max_completion_tokens": -1}, "max_completion_tokens"),
