@@ -71,7 +71,9 @@ def question(number: int, long: int) -> dict[str, Any]:
     return {"prompt": text, "max_tokens": 48, "temperature": 0}
 
 
-async def ask(client: httpx.AsyncClient, body: dict[str, Any], findings: Findings, pause: float = 0, leave: int = 0) -> str:
+async def ask(
+    client: httpx.AsyncClient, body: dict[str, Any], findings: Findings, pause: float = 0, leave: int = 0
+) -> str:
     """The text of an answer, read as a stream; what has come if `leave` events are all that is wanted."""
     began, text, seen = time.monotonic(), "", 0
     async with client.stream("POST", "/v1/completions", json=body | {"stream": True}) as response:
@@ -99,7 +101,9 @@ async def ask(client: httpx.AsyncClient, body: dict[str, Any], findings: Finding
     raise AssertionError("the stream ended without [DONE]")
 
 
-async def one(client: httpx.AsyncClient, chance: random.Random, expected: list[str], long: int, found: Findings) -> None:
+async def one(
+    client: httpx.AsyncClient, chance: random.Random, expected: list[str], long: int, found: Findings
+) -> None:
     """One thing that a client may do."""
     number = chance.randrange(len(expected))
     body = question(number, long)
