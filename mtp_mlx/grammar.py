@@ -1,12 +1,12 @@
 """Structured output: which tokens a grammar allows at every row of a block. All of it happens on the host.
 
-`Guide` is what grammars know of a tokenizer, `Grammar` one that is compiled, `GrammarState` where one text stands in it.
+`Guide` is what grammars know of a tokenizer, `Grammar` one that is compiled, `GrammarState` where a text stands in it.
 """
 
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from copy import copy
 from dataclasses import dataclass, field
 from enum import Enum, auto
@@ -31,12 +31,29 @@ COMPILED = 64  # grammars that a guide keeps
 WORD = 32  # bits of a mask's word
 
 # White space between JSON tokens, once at each place: without a bound a model may write line breaks for ever.
-_WHITE_SPACE = r" |\n[ \t]{0,64}"
+_WHITE_SPACE = r" |\n( {0,32}|\t{0,8})"
 # llguidance's own defaults but for the lexer's states, of which each takes a kilobyte or two.
 _LIMITS = LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
 _BREAKS = ("\n", "\n\n")  # what a template writes between reasoning and answer
 
 Masks = np.ndarray[tuple[int, int], np.dtype[np.uint32]]
+
+
+class _Compiled:
+    """The latest grammars of a guide."""
+
+    def __init__(self) -> None:
+        self._matchers: OrderedDict[str, LLMatcher] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, grammar: str, build: Callable[[], LLMatcher]) -> LLMatcher:
+        # One at a time: two requests with the same new grammar, or the first two of a model, shall not both build.
+        with self._lock:
+            matcher = self._matchers.pop(grammar, None) or build()
+            self._matchers[grammar] = matcher
+            if len(self._matchers) > COMPILED:
+                self._matchers.popitem(last=False)
+            return matcher
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +67,7 @@ class Guide:
     vocabulary: int  # rows of the model's logits, of which a tokenizer may leave some unused
     stops: frozenset[int]
     dialect: Dialect
-    _compiled: "_Compiled" = field(default_factory=lambda: _Compiled(), repr=False)
+    _compiled: _Compiled = field(default_factory=_Compiled, repr=False)
 
     @classmethod
     def of(cls, tokenizer: TokenizerWrapper, vocabulary: int, stops: frozenset[int], dialect: Dialect) -> "Guide":
@@ -118,23 +135,6 @@ class Guide:
         return tokens
 
 
-class _Compiled:
-    """The latest grammars of a guide."""
-
-    def __init__(self) -> None:
-        self._matchers: OrderedDict[str, LLMatcher] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def get(self, grammar: str, compile: Any) -> LLMatcher:
-        # One at a time: two requests with the same new grammar, or the first two of a model, shall not both build.
-        with self._lock:
-            matcher = self._matchers.pop(grammar, None) or compile()
-            self._matchers[grammar] = matcher
-            if len(self._matchers) > COMPILED:
-                self._matchers.popitem(last=False)
-            return matcher
-
-
 @dataclass(frozen=True, eq=False)
 class Grammar:
     """What a text has to be, compiled for a tokenizer. Shared between texts and threads.
@@ -161,8 +161,7 @@ class Grammar:
         except (TypeError, ValueError, RecursionError) as error:
             raise RequestError(f"the JSON schema is not JSON: {_one_line(str(error))}") from None
         _check_size(text, "JSON schema")
-        options = {"whitespace_pattern": _WHITE_SPACE}
-        return cls._of(guide, LLMatcher.grammar_from_json_schema(text, overrides=options))  # type: ignore[typeddict-item]
+        return cls._of(guide, LLMatcher.grammar_from_json_schema(text, overrides={"whitespace_pattern": _WHITE_SPACE}))
 
     @classmethod
     def regex(cls, guide: Guide, pattern: str) -> "Grammar":

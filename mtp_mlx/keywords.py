@@ -1,7 +1,7 @@
 """Which keywords of a JSON schema a grammar enforces: what it would pass over in silence is refused.
 
-llguidance refuses the standard's keywords that it does not have and passes over all that it does not know. So a
-schema's keywords are looked at first.
+llguidance passes over keywords that it does not know, and over some in an older draft's form. So they are looked at
+first; what it knows and cannot do it refuses itself.
 """
 
 from collections.abc import Iterator, Mapping
@@ -9,24 +9,22 @@ from typing import Any
 
 from mtp_mlx.errors import RequestError
 
-ENFORCED = frozenset(
-    "type enum const anyOf allOf oneOf $ref properties required additionalProperties patternProperties minProperties "
-    "maxProperties items prefixItems minItems maxItems minLength maxLength pattern format minimum maximum "
-    "exclusiveMinimum exclusiveMaximum multipleOf".split()
-)
-# They say something about a value and restrict nothing.
-REMARKS = frozenset(
-    "$schema $id $anchor $comment $defs definitions title description default example examples deprecated readOnly "
-    "writeOnly contentEncoding contentMediaType discriminator".split()
-)
-# The standard's own, of which llguidance says itself that it does not have them.
-REFUSED = frozenset(
-    "not if then else dependencies dependentRequired dependentSchemas uniqueItems contains minContains maxContains "
-    "propertyNames unevaluatedProperties unevaluatedItems".split()
-)
 _MAPS = ("properties", "patternProperties", "$defs", "definitions")
 _LISTS = ("anyOf", "allOf", "oneOf", "prefixItems")
 _NODES = ("additionalProperties", "items")
+ENFORCED = {
+    *_MAPS,
+    *_LISTS,
+    *_NODES,
+    *("type", "enum", "const", "$ref", "required", "minProperties", "maxProperties", "minItems", "maxItems"),
+    *("minLength", "maxLength", "pattern", "format", "multipleOf"),
+    *("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"),
+}
+# They say something about a value and restrict nothing.
+REMARKS = {
+    *("$schema", "$id", "$anchor", "$comment", "title", "description", "default", "example", "examples"),
+    *("deprecated", "readOnly", "writeOnly", "contentEncoding", "contentMediaType", "discriminator"),
+}
 _INSTEAD = {
     "nullable": 'write "type": ["string", "null"] or an anyOf',
     "additionalItems": 'write "prefixItems" and "items"',
@@ -42,7 +40,7 @@ def check_keywords(schema: Mapping[str, Any]) -> None:
 
 
 def _check(keyword: str, value: object, place: str) -> None:
-    if keyword in REFUSED or not (keyword in ENFORCED | REMARKS or _is_private(keyword)):
+    if keyword not in ENFORCED | REMARKS and not _is_private(keyword):
         hint = _INSTEAD.get(keyword, "leave it out")
         raise RequestError(f'the JSON schema\'s "{keyword}" at {place} cannot be enforced; {hint}')
     if keyword == "items" and isinstance(value, list):
