@@ -1,7 +1,7 @@
 """Whatever a grammar of calls lets through, the parser reads as calls: of these tools, with these arguments."""
 
 import random
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from replies import GEMMA, GEMMA_MARKERS, QWEN, QWEN_MARKERS, Said, tokenizer
@@ -66,7 +66,7 @@ def _said(name: str, tokens: list[int]) -> Said:
     parser, said, text = Parser(dialect, tools=TOOLS), Said(), ""
     made = tokenizer(*markers)
     for i, token in enumerate(tokens):
-        whole = made.decode(tokens[: i + 1])
+        whole = cast(str, made.decode(tokens[: i + 1]))
         whole = whole if not whole.endswith("\ufffd") else text
         for event in parser.feed(token, whole[len(text) :]):
             said.add(event)

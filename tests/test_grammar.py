@@ -47,7 +47,7 @@ PERSON = {
 
 @cache
 def tiny_tokenizer() -> TokenizerWrapper:
-    return cast(TokenizerWrapper, load(FIXTURES / "gemma4_keqv"))
+    return load(FIXTURES / "gemma4_keqv")
 
 
 @cache
@@ -230,7 +230,7 @@ def test_reasoning_may_end_anywhere_within_a_block(variant: str) -> None:
             assert results[-1].accepted == 4
         rows = mx.concatenate([result.logprobs[: len(result.tokens)] for result in results])[:count]
         shown = mx.isfinite(rows)
-        assert [int(n) < 80 for n in shown.sum(axis=-1).tolist()] == [False] * 10 + [True] * 6  # type: ignore[union-attr]
+        assert [bool(row.all()) for row in np.array(shown)] == [True] * 10 + [False] * 6
         left = mx.where(shown, expected, -mx.inf)
         assert gap(mx.where(shown, rows - normalise(left), 0), mx.zeros(rows.shape)) < EXACT
 
