@@ -3,6 +3,7 @@
 import json
 import random
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any, cast
 
@@ -244,6 +245,8 @@ def test_what_an_answer_may_begin_with() -> None:
     assert set(allowed(grammar.start(frees=frozenset([CALL])))) == {*brace, OPEN, CALL}
     state = grammar.start(thinking=True, frees=frozenset([CALL]))
     assert state.masks([7, CLOSE, *ids("\n")]) is not None and state.masks([7, 8, OPEN, CALL]) is None
+    masks = state.masks([CALL, OPEN, CLOSE])  # within reasoning these mean nothing
+    assert masks is not None and len(rows_of(masks)[2]) == VOCAB > len(rows_of(masks)[3])
     state.advance([7, CLOSE])
     assert set(allowed(state)) == {*brace, CALL, *ids("\n")}
     state.advance(ids("\n"))
@@ -387,7 +390,8 @@ def test_compiled_grammars_are_shared_and_forgotten(monkeypatch: pytest.MonkeyPa
     first = Grammar.regex(guide, "a")
     assert Grammar.regex(guide, "a")._matcher is first._matcher
     assert Grammar.regex(guide, "b")._matcher is not first._matcher
-    Grammar.regex(guide, "c")
+    with ThreadPoolExecutor(4) as pool:
+        assert len({id(grammar._matcher) for grammar in pool.map(lambda _: Grammar.regex(guide, "c"), range(8))}) == 1
     assert Grammar.regex(guide, "a")._matcher is not first._matcher
     one, two = first.start(), first.start()
     one.advance(ids("a"))
