@@ -134,6 +134,8 @@ def generation(
     chooser = _chooser(pair, tokenizer, options)
     mx.reset_peak_memory()
     with _policy(pair, options) as policy, prefixes.open(ids, chooser, seed) as text:
+        if options.grammar:
+            text.sequence.grammar = options.grammar.start(thinking=options.thinking, frees=options.frees)
         yield Progress(text.cached, len(ids), text.cached)
         for done in text.read(options.prefill_step_size, marks):
             yield Progress(done, len(ids), text.cached)
