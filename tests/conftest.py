@@ -2,11 +2,12 @@
 
 import io
 import logging
+import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -21,6 +22,11 @@ mx.set_default_device(mx.cpu)
 # On a CPU a trace is compiled with the system's C++ compiler, a second for each of hundreds of kernels. So tests run
 # rounds as they are built; test_programs.py compares replayed rounds with those.
 mx.disable_compile()
+# MLX hands one small operation after the other to a thread of its own. Where Linux lets that thread interrupt this one
+# each time, tests take half as long again; a sandbox may forbid to say so.
+if sys.platform == "linux":
+    with suppress(OSError):
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 import mlx.nn as nn
 import mlx_lm
@@ -174,6 +180,18 @@ class DialledDrafter:
         padded = truth + [0] * MAX_BLOCK  # the last rounds look past the end
         wrong = np.random.default_rng(seed).random(len(padded)) >= hit_rate
         return cls(mx.array(padded, mx.int32), mx.array(wrong))
+
+    @classmethod
+    def every_partial(cls, truth: list[int], prompt: int, k: int, seed: int = 0) -> "DialledDrafter":
+        """At depth k, 0 to k drafts are right: each once in every k+1 rounds, in an order of the seed's."""
+        random, wrong = np.random.default_rng(seed), list[int]()
+        place = max(prompt, 2)  # of the first draft: after a prompt of one token comes a round without drafts
+        while place < len(truth):
+            for right in random.permutation(k + 1):
+                wrong += [place + right] if right < k else []
+                place += right + 1
+        padded = truth + [0] * MAX_BLOCK
+        return cls(mx.array(padded, mx.int32), mx.array(np.isin(np.arange(len(padded)), wrong)))
 
     def kv_bytes(self, tokens: int) -> int:
         return 0
