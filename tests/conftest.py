@@ -35,6 +35,7 @@ import pytest
 from loopback import hub as hub  # a fixture
 from mlx_lm.sample_utils import make_logits_processors
 
+from mtp_mlx.accept import normalise
 from mtp_mlx.cache import MAX_BLOCK, Cache
 from mtp_mlx.choosing import Drafts, Rules
 from mtp_mlx.cli.main import main
@@ -321,6 +322,13 @@ def run_rounds(
         rows.append(result.logprobs[: len(result.tokens)])
         accepted.append(result.accepted)
     return text[:tokens], mx.concatenate(rows)[:tokens], accepted
+
+
+def one_pass(target: Target, text: list[int]) -> mx.array:
+    """Log-probabilities after each token of a text that is read at once, (T, V)."""
+    cache = target.make_cache()
+    cache.reserve(len(text))
+    return normalise(target(mx.array(text)[None], cache, Span(0, len(text))).logits)[0]
 
 
 def plain(target: Target, prompt: list[int], tokens: int) -> list[int]:
