@@ -13,9 +13,9 @@ from conftest import (
     Forced,
     gap,
     mlx_lm_model,
+    one_pass,
     open_sequence,
     plain,
-    run_rounds,
     tiny,
     tiny_pair,
     tiny_qwen,
@@ -188,8 +188,7 @@ def test_copies_that_are_right_so_far_are_kept_so_far(variant: str, size: int) -
     """Below and above the window, at every partial acceptance, the drafter's own rounds in between."""
     target, own = tiny_pair(variant)
     text = varied_tokens(420) + [0] * 40
-    forced = Forced(mx.array(text))
-    _, expected, _ = run_rounds(target, DialledDrafter.dial([], 0.0), forced, text[:6], 400, 0)
+    forced, expected = Forced(mx.array(text)), one_pass(target, text[:420])[5:]
     sequence = open_sequence(target, own, forced)
     sequence.prefill(text[:6], 4, lambda done, total: None)
     rows = [sequence.round(0)]
