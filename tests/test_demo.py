@@ -86,7 +86,8 @@ def test_the_drafter_is_worth_having(name: str) -> None:
     for number in TEXTS[name]:
         last = _text(name, number, 4)[-1]
         generated, rounds = generated + last.stats.generation_tokens, rounds + last.stats.rounds
-    assert generated / rounds > 2.3, "the figure over all prompts is in the model card; this sample is small"
+    least = {"demo": 2.3, "demo-qwen": 2.7}  # of Qwen 3.2; 2.4 from a wrong hidden
+    assert generated / rounds > least[name], "the figure over all prompts is in the model card; this sample is small"
 
 
 @pytest.mark.parametrize("name", DEMOS)
