@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,9 @@ def question(number: int, long: int) -> dict[str, Any]:
     return {"prompt": text, "max_tokens": 48, "temperature": 0}
 
 
-async def ask(client: httpx.AsyncClient, body: dict[str, Any], findings: Findings, pause: float = 0, leave: int = 0) -> str:
+async def ask(
+    client: httpx.AsyncClient, body: dict[str, Any], findings: Findings, pause: float = 0, leave: int = 0
+) -> str:
     """The text of an answer, read as a stream; what has come if `leave` events are all that is wanted."""
     began, text, seen = time.monotonic(), "", 0
     async with client.stream("POST", "/v1/completions", json=body | {"stream": True}) as response:
@@ -99,7 +102,9 @@ async def ask(client: httpx.AsyncClient, body: dict[str, Any], findings: Finding
     raise AssertionError("the stream ended without [DONE]")
 
 
-async def one(client: httpx.AsyncClient, chance: random.Random, expected: list[str], long: int, found: Findings) -> None:
+async def one(
+    client: httpx.AsyncClient, chance: random.Random, expected: list[str], long: int, found: Findings
+) -> None:
     """One thing that a client may do."""
     number = chance.randrange(len(expected))
     body = question(number, long)
@@ -117,10 +122,8 @@ async def one(client: httpx.AsyncClient, chance: random.Random, expected: list[s
             begun = await ask(client, body, found, leave=chance.randint(1, 6))
             compare(begun, expected[number][: len(begun)], found, "leave")
         case "drop":
-            try:
+            with suppress(httpx.TimeoutException):
                 await client.post("/v1/completions", json=body, timeout=chance.uniform(0.01, 0.3))
-            except httpx.TimeoutException:
-                pass
             found.counts["drop"] += 1
         case "nonsense":
             response = await client.post(
