@@ -203,6 +203,7 @@ ALLOWED = {
         "engine",
         "generate",
         "grammar",
+        "marks",
         "options",
         "penalties",
         "sampling",
@@ -262,6 +263,7 @@ ALLOWED = {
         "server.reply",
         "server.service",
         "server.shape",
+        "server.spelling",
         "server.wire",
     },
     "mtp_mlx.server.telling": {

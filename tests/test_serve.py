@@ -80,7 +80,9 @@ def _asked(served: "subprocess.Popen[str]") -> list[str]:
         if told.startswith("listening on "):
             break
     address = said[-1].split()[2]
-    asked = urllib.request.Request(f"{address}/v1/models", headers={"authorization": "Bearer k3y"})
-    with urllib.request.urlopen(asked, timeout=20) as answer:
-        assert json.load(answer)["data"][0]["id"] == "tiny"
+    headers = {"authorization": "Bearer k3y", "content-type": "application/json"}
+    for path, body in ("/v1/models", None), ("/v1/completions", b'{"prompt": "One two", "max_tokens": 4}'):
+        asked = urllib.request.Request(address + path, body, headers)
+        with urllib.request.urlopen(asked, timeout=20) as answer:
+            assert json.load(answer)["object"] in ("list", "text_completion")
     return said

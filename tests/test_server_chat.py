@@ -245,6 +245,23 @@ def test_a_format_becomes_a_grammar(served: Served) -> None:
     assert "two formats" in two["message"]
 
 
+def test_an_answer_in_a_format_is_one_and_may_still_be_a_call(served: Served) -> None:
+    schema = {"type": "object", "properties": {"a": {"enum": [7, 8]}}, "required": ["a"], "additionalProperties": False}
+    wanted = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
+    for depth in (0, 2):  # whatever a random model would rather say
+        body = served.post(CHAT, **PLAIN, response_format=wanted, depth=depth, temperature=1.0, seed=3)
+        assert json.loads(body["choices"][0]["message"]["content"]) in ({"a": 7}, {"a": 8})
+    served.says(CALL)
+    body = served.post(CHAT, **PLAIN, response_format=wanted, tools=[TOOL])
+    assert body["choices"][0]["finish_reason"] == "tool_calls"
+
+
+def test_a_call_that_is_asked_for_comes(served: Served) -> None:
+    body = served.post(CHAT, **PLAIN, tools=[TOOL], tool_choice="required", temperature=1.0, seed=1, max_tokens=12)
+    text = body["choices"][0]["message"]["content"] or ""
+    assert text.startswith("<tool_call>\n<function=weather>") or body["choices"][0]["finish_reason"] == "tool_calls"
+
+
 def test_a_prompt_that_is_too_long_is_told_in_words_that_clients_know(served: Served) -> None:
     error = served.refused(CHAT, messages=[{"role": "user", "content": "z! " * 600}])
     assert error["code"] == "context_length_exceeded" and "maximum context length" in error["message"]
