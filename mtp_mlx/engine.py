@@ -147,6 +147,8 @@ class Engine:
                     self._slice()
         for job in (*self._live, *self._waiting):
             job.fail(BusyError("the engine was closed"))
+        # A stream of a thread that has ended aborts the program at its exit, if an array still knows it.
+        mx.clear_streams()
 
     def _slice(self) -> None:
         """Give the next request its turn."""
