@@ -149,6 +149,7 @@ def test_a_reply_may_end_with_its_first_call(served: Served) -> None:
     served.says(f"{CALL}\n{SECOND}")
     body = served.post(CHAT, **PLAIN, tools=[TOOL], parallel_tool_calls=False)
     assert _calls(body["choices"][0]["message"]) == [("weather", {"city": "Paris", "days": 3})]
+    assert served.engine.streams[-1]._job.cancelled.is_set(), "what nobody will read is still written"
     folded = _folded(served.stream(CHAT, **PLAIN, tools=[TOOL], parallel_tool_calls=False))
     assert list(folded["calls"]) == [0] and folded["finish"] == "tool_calls"
 
