@@ -1,5 +1,6 @@
 """Several requests share a pair in slices: none gets another's text, a short one does not wait, a reader may leave."""
 
+import json
 import threading
 import time
 from collections.abc import Iterator
@@ -12,9 +13,11 @@ from conftest import FIXTURES, varied_tokens
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mtp_mlx import engine as module
+from mtp_mlx.dialects import find_dialect
 from mtp_mlx.engine import Engine, Piece, Request, Stream
 from mtp_mlx.errors import BusyError, RequestError
 from mtp_mlx.generate import Progress, Response, generation
+from mtp_mlx.grammar import Grammar, Guide
 from mtp_mlx.loading import load
 from mtp_mlx.options import Options
 from mtp_mlx.prefixes import Prefixes
@@ -219,3 +222,16 @@ def test_two_texts_at_a_time_do_not_share_what_one_measures(loaded: Loaded) -> N
         text.close()
     list(generation(*loaded, varied_tokens(30), Options(5)))
     assert len(policies) == 2 and not any(measured.busy for measured in policies), "a later text takes one of them"
+
+
+def test_a_grammar_binds_the_answer_at_every_depth(loaded: Loaded, engine: Engine) -> None:
+    pair, tokenizer = loaded
+    stops = frozenset(tokenizer.eos_token_ids)
+    guide = Guide.of(tokenizer, pair.target.vocabulary, stops, find_dialect(tokenizer.get_vocab()))
+    grammar = Grammar.json_schema(guide, {"type": "array", "items": {"enum": ["alpha", "beta"]}, "maxItems": 3})
+    for depth in (0, 3, "auto"):
+        request = Request(varied_tokens(30), Options(60, depth, Sample(1.0), seed=4, grammar=grammar))
+        pieces = [piece for piece in engine.stream(request) if isinstance(piece, Piece)]
+        assert set(json.loads("".join(piece.text for piece in pieces))) <= {"alpha", "beta"}
+        assert pieces[-1].finish_reason == "stop"
+        assert [token.id for piece in pieces for token in piece.tokens] == ids(alone(loaded, request))
