@@ -43,6 +43,8 @@ class Loaded:
     drafter_reason: str  # why this drafter, or why none
     adapter: str | None = None  # the fine-tune that was put onto the target, and what it is
     expected: bool = True  # the drafter was named, or is a part of the target; another choice is news to the user
+    places: tuple[Path, ...] = ()  # folders, or a drafter's file, that all of it was read from
+    networks: tuple[nn.Module, ...] = ()  # all weights: the target's, and the drafter's own
 
 
 def _gemma4_target(checkpoint: Checkpoint, dtype: mx.Dtype | None) -> gemma4.Model:
@@ -240,10 +242,19 @@ def load_pair(
         chosen, reason = None, failure
     reason += _narrowed(built, target, drafter_bits)
     network = _network_of(built)
-    if network is not None:
-        mx.eval(_module(network).parameters())
+    networks = [_module(target), *([] if network is None else [_module(network)])]
+    mx.eval([part.parameters() for part in networks])
+    places = [checkpoint.folder, *(find(name) for name in (chosen, adapter) if name is not None)]
     return Loaded(
-        Pair(target, built, kv_bits=kv_bits), _tokenizer(checkpoint), model, chosen, reason, tuned, choice.own
+        Pair(target, built, kv_bits=kv_bits),
+        _tokenizer(checkpoint),
+        model,
+        chosen,
+        reason,
+        tuned,
+        choice.own,
+        tuple(places),
+        tuple(networks),
     )
 
 
