@@ -6,7 +6,7 @@ The only module that knows architectures by name. A new one is a file in models/
 import logging
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -232,8 +232,9 @@ def load_pair(
     build = _TARGETS[checkpoint.model_type]
     choice = choose(model, checkpoint, drafter)
     # Before the target, which may take minutes: a mistyped drafter should be known at once.
-    chosen, reason, build_drafter = _drafter(choice, checkpoint)
-    added = None if adapter is None else find(adapter)
+    locate = cache(find)
+    chosen, reason, build_drafter = _drafter(choice, checkpoint, locate)
+    added = None if adapter is None else locate(adapter)
     target = build(checkpoint, dtype)
     tuned = None if added is None else f"{adapter}: {adapters.apply(_module(target), added)}"
     _check_kv(target, kv_bits)
@@ -244,7 +245,7 @@ def load_pair(
     network = _network_of(built)
     networks = [_module(target), *([] if network is None else [_module(network)])]
     mx.eval([part.parameters() for part in networks])
-    places = [checkpoint.folder, *(find(name) for name in (chosen, adapter) if name is not None)]
+    places = [checkpoint.folder, *(locate(name) for name in (chosen, adapter) if name is not None)]
     return Loaded(
         Pair(target, built, kv_bits=kv_bits),
         _tokenizer(checkpoint),

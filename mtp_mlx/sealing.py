@@ -23,6 +23,10 @@ TENSORS, RECORD, TEMPORARY = ".safetensors", ".json", ".tmp"
 class DamagedError(Exception):
     """A file is not what was written."""
 
+    def __init__(self, file: str, what: str):
+        super().__init__(f"{file} {what}")
+        self.file = file
+
 
 def write_tensors(folder: Path, tensors: Mapping[str, mx.array]) -> Generator[None, None, str]:
     """Write a file, a slice at a time; its name. Who stops asking leaves nothing behind. Raises OSError."""
@@ -45,17 +49,22 @@ def write_tensors(folder: Path, tensors: Mapping[str, mx.array]) -> Generator[No
     return name
 
 
+def size(tensors: Mapping[str, mx.array]) -> int:
+    """Bytes of such a file."""
+    return len(_header(tensors)) + sum(array.nbytes for array in tensors.values())
+
+
 def read_tensors(path: Path) -> dict[str, mx.array]:
     """Read such a file. Raises DamagedError, or OSError where it cannot be read."""
     with path.open("rb") as file:
         if hashlib.file_digest(file, "sha256").hexdigest() + TENSORS != path.name:
-            raise DamagedError(f"{path.name} is damaged or cut short")
+            raise DamagedError(path.name, "is damaged or cut short")
     try:
         read_header(path)  # of a file that has the right hash and was not written by us: MLX trusts its numbers
         tensors = mx.load(str(path))
         mx.eval(tensors)
     except (CheckpointError, RuntimeError, ValueError) as error:
-        raise DamagedError(f"{path.name} cannot be read: {error}") from error
+        raise DamagedError(path.name, f"cannot be read: {error}") from error
     assert isinstance(tensors, dict)
     return tensors
 
@@ -77,11 +86,11 @@ def read_record(path: Path) -> Any:
     """The JSON in such a file. Raises DamagedError, or OSError where it cannot be read."""
     digest, _, text = path.read_bytes().partition(b"\n")
     if digest != _hash(text):
-        raise DamagedError(f"{path.name} is damaged or cut short")
+        raise DamagedError(path.name, "is damaged or cut short")
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise DamagedError(f"{path.name} is no JSON: {error}") from error
+        raise DamagedError(path.name, f"is no JSON: {error}") from error
 
 
 def _hash(text: bytes) -> bytes:

@@ -9,9 +9,11 @@ import fcntl
 import hashlib
 import logging
 import os
-import shutil
+import re
+import time
 from array import array
 from collections.abc import Collection, Generator, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -22,7 +24,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten, tree_map_with_path
 
 from mtp_mlx.manifest import FORMAT, Manifest, Piece
-from mtp_mlx.sealing import RECORD, TEMPORARY, TENSORS, DamagedError, read_tensors, write_tensors
+from mtp_mlx.sealing import RECORD, TEMPORARY, TENSORS, DamagedError, read_tensors, size, write_tensors
 from mtp_mlx.snapshots import Part, Snapshot
 from mtp_mlx.trie import Match, Trie
 
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from mtp_mlx.loading import Loaded
 
 LOCK = "lock"
+_FOLDER = re.compile(r"[0-9a-f]{32}")  # what a pair's is called
 
 _log = logging.getLogger(__name__)
 
@@ -97,7 +100,10 @@ class Store:
             return
         self._texts[manifest.name] = self._texts.pop(manifest.name)
         try:
-            os.utime(self._folder / manifest.name)
+            self._stamp(manifest)
+        except FileNotFoundError:  # somebody has deleted it
+            self._remove(manifest)
+            self._sweep()
         except OSError as error:
             self._give_up(error)
 
@@ -108,15 +114,17 @@ class Store:
             whole, state = self._own(manifest.own, blank)
             snapshot = Snapshot(manifest.tokens.tolist(), parts, whole, state, manifest.ready)
             if not snapshot.is_like(blank):
-                raise DamagedError(f"{manifest.name} has tensors of other shapes than this model")
-        except (DamagedError, OSError) as error:
-            self._discard(error, [manifest])
+                raise DamagedError(manifest.name, "has tensors of other shapes than this model")
+        except DamagedError as error:
+            self._pinned.discard(error.file)
+            others = [other for other in self._texts.values() if error.file in other.files]
+            self._discard(error, {manifest, *others})
             return None
         self.touch(manifest.tokens)
         return snapshot
 
     def save(self, snapshot: Snapshot) -> Generator[None, None, None]:
-        """Write a snapshot a slice at a time, if there is room for it. One after the other; closed early, not at all."""
+        """Write a snapshot a slice at a time, if there is room for it; one by one. Closed early, it leaves nothing."""
         try:
             yield from self._save(snapshot)
         except OSError as error:
@@ -131,15 +139,16 @@ class Store:
             pieces = list[Piece]()
             for part in snapshot.parts:
                 pieces.append(Piece(part.start, (yield from self._write_part(part))))
-            own = yield from self._write(_named({"whole": snapshot.whole, "state": list(snapshot.state)}))
+            own = yield from self._write(_own_tensors(snapshot))
             manifest = Manifest(array("i", snapshot.tokens), snapshot.ready, tuple(pieces), own)
             if manifest.files <= self._sizes.keys():  # none of them was found to be damaged meanwhile
                 manifest.write(self._folder, self._identity)
+                self._stamp(manifest)
                 self._add(manifest)
         finally:
             self._pinned = set()
             self._sweep()
-        self._make_room(0)  # names and tokens take a little too
+        self._make_room(0)  # in case that it was more
 
     def _write_part(self, part: Part) -> Generator[None, None, str]:
         name = self._files.get(part)
@@ -161,7 +170,7 @@ class Store:
         known = self._parts.get(piece.file)
         if known is not None and known.start == piece.start:
             return known
-        part = Part(piece.start, _like(blank.rows, self._read(piece.file)))
+        part = Part(piece.start, _like(blank.rows, self._read(piece.file), piece.file))
         self._know(part, piece.file)
         return part
 
@@ -169,18 +178,14 @@ class Store:
         """What cannot be cut, and the drafter's state, which may be none yet."""
         tensors = self._read(name)
         told = any(tensor.startswith("state.") for tensor in tensors)
-        tree = _like({"whole": blank.whole, "state": list(blank.state) if told else []}, tensors)
+        tree = _like({"whole": blank.whole, "state": list(blank.state) if told else []}, tensors, name)
         return tree["whole"], tuple(tree["state"])
 
     def _read(self, name: str) -> dict[str, mx.array]:
         try:
             return read_tensors(self._folder / name)
-        except (DamagedError, OSError):
-            # Others that hold this file go with it, in silence: the caller says what has happened.
-            for manifest in [other for other in self._texts.values() if name in other.files]:
-                self._remove(manifest)
-            self._pinned.discard(name)
-            raise
+        except OSError as error:
+            raise DamagedError(name, f"cannot be read: {error.strerror}") from error
 
     def _clean(self) -> None:
         """Take in what earlier runs have left, and delete what a crash has."""
@@ -190,7 +195,7 @@ class Store:
         found = sorted(self._folder.glob("*" + RECORD), key=lambda path: path.stat().st_mtime_ns)
         problems = [error for path in found if (error := self._take_in(path))]
         if problems:
-            self._discard(problems[-1], [], len(problems))
+            self._tell(problems[0], len(problems))
         self._sweep()
         self._make_room(0)
 
@@ -198,7 +203,7 @@ class Store:
         try:
             manifest = Manifest.read(path, self._identity)
             if absent := manifest.files - self._sizes.keys():
-                raise DamagedError(f"{min(absent)} is gone")
+                raise DamagedError(min(absent), "is gone")
         except DamagedError as error:
             path.unlink()
             return error
@@ -211,12 +216,20 @@ class Store:
         self._trie.put(manifest.tokens, manifest)
         self._sizes[manifest.name] = (self._folder / manifest.name).stat().st_size
 
-    def _discard(self, error: Exception, manifests: Collection[Manifest], count: int = 1) -> None:
-        _log.warning("a part of the prompt cache on disk is discarded, its text will be read again: %s", error)
-        self.discarded += count
+    def _stamp(self, manifest: Manifest) -> None:
+        """Used now. The system's own stamps may be milliseconds old."""
+        now = time.time_ns()
+        os.utime(self._folder / manifest.name, ns=(now, now))
+
+    def _discard(self, error: DamagedError, manifests: Collection[Manifest]) -> None:
+        self._tell(error, len(manifests))
         for manifest in manifests:
             self._remove(manifest)
         self._sweep()
+
+    def _tell(self, error: DamagedError, count: int) -> None:
+        _log.warning("%d texts of the prompt cache on disk are discarded and will be read again: %s", count, error)
+        self.discarded += count
 
     def _remove(self, manifest: Manifest) -> None:
         """Its manifest first: files that nobody refers to are deleted, a manifest without its files is an error."""
@@ -238,15 +251,16 @@ class Store:
             self._give_up(error)
 
     def _cost(self, snapshot: Snapshot) -> int:
-        """Bytes that writing a snapshot adds, but for names and tokens."""
-        new = [part.nbytes for part in snapshot.parts if self._files.get(part) not in self._sizes]
-        return sum(new) + snapshot.own_nbytes
+        """Bytes that writing a snapshot adds."""
+        new = [_named(part.rows) for part in snapshot.parts if self._files.get(part) not in self._sizes]
+        tensors = sum(size(named) for named in [*new, _own_tensors(snapshot)])
+        return tensors + Manifest.size(snapshot.tokens, len(snapshot.parts))
 
-    def _make_room(self, size: int) -> bool:
+    def _make_room(self, needed: int) -> bool:
         """Delete what has to go for so many bytes; nothing where that would not be enough."""
-        if size + sum(self._sizes[name] for name in self._pinned) > self.budget:
+        if needed + sum(self._sizes[name] for name in self._pinned) > self.budget:
             return False
-        while size + self.nbytes + sum(other.nbytes for other in self._others) > self.budget:
+        while needed + self.nbytes + sum(other.nbytes for other in self._others) > self.budget:
             self._evict()
         return True
 
@@ -277,15 +291,20 @@ class _Other:
     def delete(self) -> None:
         """Unless a process has begun to use it."""
         lock = _lock(self.folder)
-        if lock is not None:
-            shutil.rmtree(self.folder)
-            os.close(lock)
+        if lock is None:
+            return
+        for path in self.folder.iterdir():
+            if path.suffix in (RECORD, TENSORS, TEMPORARY) or path.name == LOCK:
+                path.unlink()
+        os.close(lock)
+        with suppress(OSError):  # somebody has put something there
+            self.folder.rmdir()
 
 
 def _others(folder: Path) -> Iterator[_Other]:
     """Beside a pair's folder, those of other pairs that nobody uses."""
     for other in folder.parent.iterdir():
-        if other == folder or not (other / LOCK).is_file():
+        if other == folder or not _FOLDER.fullmatch(other.name) or not (other / LOCK).is_file():
             continue
         lock = _lock(other)
         if lock is not None:
@@ -310,14 +329,19 @@ def _lock(folder: Path) -> int | None:
     return lock
 
 
+def _own_tensors(snapshot: Snapshot) -> dict[str, mx.array]:
+    """What a snapshot shares with no other."""
+    return _named({"whole": snapshot.whole, "state": list(snapshot.state)})
+
+
 def _named(tree: Any) -> dict[str, mx.array]:
     return dict(tree_flatten(tree))
 
 
-def _like(tree: Any, tensors: dict[str, mx.array]) -> Any:
-    """Tensors by their names in the places of a tree of just these names."""
+def _like(tree: Any, tensors: dict[str, mx.array], name: str) -> Any:
+    """The tensors of a file, by their names, in the places of a tree of just these names."""
     if tensors.keys() != _named(tree).keys():
-        raise DamagedError(f"{len(tensors)} tensors of another model")
+        raise DamagedError(name, "has tensors of another model")
     return tree_map_with_path(lambda path, _: tensors[path], tree)
 
 
