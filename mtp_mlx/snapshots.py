@@ -126,15 +126,16 @@ def outline(sequence: Sequence, base: Snapshot | None = None) -> Snapshot:
 def blank(pair: Pair, length: int) -> Snapshot:
     """A snapshot of any text of so many tokens, of which only shapes and dtypes mean anything: nothing is computed.
 
-    The pair builds what reading the text would be, drafter included, and nobody asks for the values.
+    The pair builds what reading two tokens would be, drafter included, and the layers what they would give out after
+    all of them; nobody asks for the values. On a CPU a recurrent layer builds a step for each token: two are enough.
     """
-    cache = pair.make_cache()
+    cache, read = pair.make_cache(), min(length, 2)
     state = pair.drafter.start(cache)
-    cache.reserve(length)
-    tokens, span = mx.zeros((1, length), mx.int32), Span(0, length)
+    cache.reserve(read)
+    tokens, span = mx.zeros((1, read), mx.int32), Span(0, read)
     output = pair.target(tokens, cache, span)
-    state = pair.drafter.advance(state, cache, tokens, span, output.hidden, mx.array([length - 1]))
-    cache.commit(length)
+    state = pair.drafter.advance(state, cache, tokens, span, output.hidden, mx.array([read - 1]))
+    cache.commit(read)
     rows, whole = cache.snapshot(0, length)
     return Snapshot([0] * length, (Part(0, rows),), whole, tuple(state), True)
 

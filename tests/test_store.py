@@ -182,6 +182,8 @@ def test_what_is_damaged_is_discarded_and_nothing_else(
             folder = tmp_path / f"{number}{early}"
             shutil.copytree(made, folder)
             victim = _files(folder)[number]
+            if victim.suffix == RECORD and not early:
+                continue  # it has been read
             disk = None if early else _open(folder)
             fault(victim, share)
             disk = disk or _open(folder)
@@ -189,10 +191,9 @@ def test_what_is_damaged_is_discarded_and_nothing_else(
             for mine, theirs in zip(loaded, snapshots, strict=True):
                 assert mine is None or _bytes(mine) == _bytes(theirs)
             lost = loaded.count(None)
-            if victim.suffix == TENSORS or early:
-                assert 0 < lost < 4 and not victim.exists()
-                expected = int(fault is not _delete or victim.suffix == TENSORS)  # without a manifest it never was
-                assert len(warnings()) == expected and (disk.discarded > 0) == bool(expected)
+            assert 0 < lost < 4 and not victim.exists()
+            expected = int(fault is not _delete or victim.suffix == TENSORS)  # without a manifest it never was
+            assert len(warnings()) == expected and disk.discarded == expected * lost
             _assert_tidy(folder, disk)
             _save(disk, *snapshots)
             assert all(_load(disk, snapshot.tokens) for snapshot in snapshots), "it can be written again"
@@ -268,6 +269,14 @@ STRANGE: list[dict[str, object]] = [
 ]
 
 
+def _name_of(tokens: Any) -> str | None:
+    """What the manifest of a text is called, if it can be one."""
+    try:
+        return manifest.Manifest(array("i", tokens), True, (), "").name
+    except (TypeError, OverflowError):
+        return None
+
+
 @pytest.mark.parametrize("change", STRANGE)
 def test_a_manifest_that_nobody_here_has_written_is_discarded(
     tmp_path: Path, warnings: Warnings, change: dict[str, object]
@@ -277,7 +286,9 @@ def test_a_manifest_that_nobody_here_has_written_is_discarded(
     _save(disk, _conversation()[0])
     disk.close()
     (path,) = disk._folder.glob("*" + RECORD)
-    write_record(path, sealing.read_record(path) | change)
+    content = sealing.read_record(path) | change
+    path.unlink()
+    write_record(path.with_name(_name_of(content["tokens"]) or path.name), content)
     disk = _open(tmp_path)
     assert not disk._texts and disk.discarded == 1 and len(warnings()) == 1 and not _files(tmp_path)
 
@@ -361,13 +372,13 @@ def test_what_a_crash_has_left_is_cleared_away(tmp_path: Path, warnings: Warning
 
 
 def test_what_is_not_written_to_its_end_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sealing, "SLICE", 128)
+    monkeypatch.setattr(sealing, "SLICE", 1024)
     disk, (_, second, third, _) = _open(tmp_path), _conversation()
     list(disk.save(second))
     total = sum(1 for _ in disk.save(third))
     disk._remove(disk._texts[manifest_name(third)])
     disk._sweep()
-    for stop in range(1, total, total // 8):
+    for stop in range(1, total, max(1, total // 8)):
         writing = disk.save(third)
         for _ in range(stop):
             next(writing)
@@ -377,7 +388,7 @@ def test_what_is_not_written_to_its_end_leaves_nothing(tmp_path: Path, monkeypat
 
 
 def manifest_name(snapshot: Snapshot) -> str:
-    return manifest.Manifest(array("i", snapshot.tokens), True, (), "").name
+    return _name_of(snapshot.tokens) or ""
 
 
 # --------------------------------------------------------------------------- disks and processes
@@ -463,7 +474,7 @@ WRITER = """
     from mtp_mlx.store import Store
     from madeup import made_up, text
 
-    sealing.SLICE = 512
+    sealing.SLICE = 2048
     store = Store.open(Path(sys.argv[1]), "pair", 60_000)
     rng, bases = random.Random(sys.argv[2]), [None]
     for turn in range(10_000):
@@ -484,7 +495,7 @@ def test_a_killed_process_leaves_nothing_wrong(tmp_path: Path, warnings: Warning
         command = [sys.executable, "-c", textwrap.dedent(WRITER), str(tmp_path), str(attempt)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, env={"PYTHONPATH": path}) as writer:
             assert writer.stdout is not None
-            for _ in range(rng.randrange(3, 40)):
+            for _ in range(rng.randrange(3, 25)):
                 assert writer.stdout.readline()
             writer.send_signal(signal.SIGKILL)
         disk = _open(tmp_path, budget=60_000)
@@ -591,11 +602,11 @@ def test_other_pairs_make_room_if_they_were_not_used_for_longer(tmp_path: Path) 
     assert _load(used, _one(1).tokens)
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 def test_whatever_is_done_what_is_loaded_is_what_was_saved(tmp_path: Path, seed: int) -> None:
     rng, snapshots = random.Random(seed), dict[tuple[int, ...], Snapshot]()
     disk = _open(tmp_path, budget=40_000)
-    for _ in range(80):
+    for _ in range(60):
         action = rng.random()
         if action < 0.35:
             base = rng.choice([None, *snapshots.values()])
@@ -643,7 +654,7 @@ def _read(prefixes: Prefixes, prompt: list[int], marks: tuple[int, ...] = ()) ->
 @few_cases
 def test_a_prompt_loaded_from_disk_is_one_that_was_read(tmp_path: Path, name: str, bits: int | None) -> None:
     """Below and above the window; to the bit, drafts included, as when it is read in the same pieces."""
-    pair, cuts = _pair(name, bits), (12, 40, 260)
+    pair, cuts = _pair(name, bits), (12, 260)
     prefixes = _prefixes(tmp_path, pair)
     with prefixes.open(TEXT[: cuts[-1] + 1], RULES) as text:
         list(text.read(2048, cuts))
@@ -694,7 +705,8 @@ def test_a_reply_loaded_from_disk_goes_on_as_if_it_had_not_ended(tmp_path: Path,
 @few_cases
 def test_shapes_are_told_without_reading(name: str, bits: int | None) -> None:
     pair = _pair(name, bits)
-    for length in (1, 2, 16, 17, 257):
+    blank(pair, 100_000)
+    for length in (1, 2, 17, 257):
         sequence = Sequence(pair, RULES)
         sequence.prefill(TEXT[: length + 1], 2048, lambda done, total: None)
         snapshot = take(sequence)
