@@ -116,7 +116,6 @@ class Store:
             if not snapshot.is_like(blank):
                 raise DamagedError(manifest.name, "has tensors of other shapes than this model")
         except DamagedError as error:
-            self._pinned.discard(error.file)
             others = [other for other in self._texts.values() if error.file in other.files]
             self._discard(error, {manifest, *others})
             return None
@@ -141,10 +140,9 @@ class Store:
                 pieces.append(Piece(part.start, (yield from self._write_part(part))))
             own = yield from self._write(_own_tensors(snapshot))
             manifest = Manifest(array("i", snapshot.tokens), snapshot.ready, tuple(pieces), own)
-            if manifest.files <= self._sizes.keys():  # none of them was found to be damaged meanwhile
-                manifest.write(self._folder, self._identity)
-                self._stamp(manifest)
-                self._add(manifest)
+            manifest.write(self._folder, self._identity)
+            self._stamp(manifest)
+            self._add(manifest)
         finally:
             self._pinned = set()
             self._sweep()

@@ -387,6 +387,39 @@ def test_what_is_not_written_to_its_end_leaves_nothing(tmp_path: Path, monkeypat
         assert not disk.holds(third.tokens) and disk.holds(second.tokens)
 
 
+def test_what_is_discarded_between_two_slices_takes_nothing_of_the_others(
+    tmp_path: Path, warnings: Warnings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sealing, "SLICE", 1024)
+    disk, (_, _, third, other) = _open(tmp_path), _conversation()
+    total = sum(1 for _ in disk.save(third))
+    for stop in (1, total // 2, total):
+        disk._remove(disk._texts[manifest_name(third)])
+        disk._sweep()
+        list(disk.save(other))
+        _flip(disk._folder / disk._texts[manifest_name(other)].own, 0.9)
+        writing = disk.save(third)
+        for _ in range(stop):
+            next(writing)
+        assert _load(disk, other.tokens) is None and len(warnings()) == 1
+        list(writing)
+        _assert_tidy(tmp_path, disk)
+        disk.close()
+        disk = _open(tmp_path)
+        loaded = _load(disk, third.tokens)
+        assert loaded and _bytes(loaded) == _bytes(third)
+
+
+def test_parts_are_not_written_again(tmp_path: Path) -> None:
+    disk, (first, second, third, _) = _open(tmp_path), _conversation()
+    before = dict[str, int]()
+    for snapshot in (first, second, third):
+        _save(disk, snapshot)
+        inodes = {path.name: path.stat().st_ino for path in disk._folder.glob("*" + TENSORS)}
+        assert before.items() <= inodes.items()
+        before = inodes
+
+
 def manifest_name(snapshot: Snapshot) -> str:
     return _name_of(snapshot.tokens) or ""
 
@@ -430,6 +463,15 @@ def test_a_folder_that_cannot_be_written_is_not_used(
     assert Store.open(tmp_path, "pair", PLENTY) is None
     (warning,) = warnings()
     assert os.strerror(code) in warning and str(tmp_path) in warning
+
+
+def test_what_keeps_a_store_from_opening_keeps_no_lock(tmp_path: Path, warnings: Warnings) -> None:
+    _open(tmp_path).close()
+    (lock,) = tmp_path.glob("*/" + store.LOCK)
+    (lock.parent / ("folder" + RECORD)).mkdir()
+    assert Store.open(tmp_path, "pair", PLENTY) is None and len(warnings()) == 1
+    (lock.parent / ("folder" + RECORD)).rmdir()
+    _open(tmp_path)
 
 
 def test_a_file_in_the_place_of_the_folder_is_left_alone(tmp_path: Path, warnings: Warnings) -> None:
@@ -593,12 +635,21 @@ def test_other_pairs_make_room_if_they_were_not_used_for_longer(tmp_path: Path) 
     assert other._folder.exists()
     _save(disk, _one(4))
     assert not other._folder.exists() and len(disk._texts) == 2
+    disk.close()
+    newer = _open(tmp_path / "all", "newer")
+    _save(newer, _one(1))
+    newer.close()
+    disk = _open(tmp_path / "all", budget=int(3.5 * size))
+    _save(disk, _one(5))
+    assert [disk.holds(_one(seed).tokens) for seed in (3, 4, 5)] == [False, True, True] and newer._folder.exists()
     used = _open(tmp_path / "all", "used")
     _save(used, _one(1), _one(2))
     disk.close()
     disk = _open(tmp_path / "all", budget=int(2.5 * size))
-    _save(disk, _one(5))
-    assert len(disk._texts) == 2 and len(used._texts) == 2 and used._folder.exists(), "a process uses it"
+    _save(disk, _one(6))
+    assert len(disk._texts) == 2 and not newer._folder.exists() and len(used._texts) == 2 and used._folder.exists(), (
+        "a process uses it"
+    )
     assert _load(used, _one(1).tokens)
 
 
