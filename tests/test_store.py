@@ -878,6 +878,16 @@ def test_the_disk_is_asked_only_for_what_saves_enough(tmp_path: Path) -> None:
     assert _read(prefixes, [*TEXT[:100], 3]) == 0 and prefixes.usage.disk_hits == 0
 
 
+def test_what_is_used_in_memory_is_used_on_disk(tmp_path: Path) -> None:
+    prefixes = _prefixes(tmp_path, _pair("gemma4_keqv"))
+    for text in (TEXT[:50], varied_tokens(60, seed=1)):
+        _read(prefixes, text)
+        prefixes.flush(10)
+    _read(prefixes, TEXT[:50])
+    prefixes.close()
+    assert [text.length for text in _open(tmp_path)._texts.values()] == [59, 49]
+
+
 def test_where_a_text_leaves_one_on_disk_is_stored(tmp_path: Path) -> None:
     pair = _pair("gemma4_keqv")
     prefixes = _prefixes(tmp_path, pair)
