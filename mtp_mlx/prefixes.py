@@ -138,11 +138,10 @@ class Prefixes:
     def _next(self, disk: Store) -> _Write | None:
         """Begin to write an entry."""
         while entry := self._unsaved():
+            snapshot = entry.snapshot
             # What a draft model has not read yet makes shapes that cannot be foreseen, so could not be checked.
-            if not disk.holds(entry.snapshot.tokens) and entry.snapshot.is_like(
-                blank(self.pair, entry.snapshot.length)
-            ):
-                return _Write(entry, disk.save(entry.snapshot))
+            if not disk.holds(snapshot.tokens) and snapshot.is_like(blank(self.pair, snapshot.length)):
+                return _Write(entry, disk.save(snapshot))
             entry.saved = True
         return None
 

@@ -744,7 +744,7 @@ def test_a_reply_loaded_from_disk_goes_on_as_if_it_had_not_ended(tmp_path: Path,
     prefixes = _prefixes(tmp_path, pair)
     with prefixes.open(said, RULES) as text:
         if " " in name:  # what a draft model has not read is not kept on disk, so the prompt's end is found
-            assert text.cached == 30
+            assert text.cached == 30 and prefixes.usage.disk_discarded == 0
             return
         assert text.cached == len(said) - 1 and text.sequence.ready == ready
         for _ in range(3):
