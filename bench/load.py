@@ -11,9 +11,7 @@ import asyncio
 import json
 import os
 import random
-import socket
 import statistics
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -24,6 +22,7 @@ from typing import Any
 
 import httpx
 from report import machine
+from serving import events, serving
 
 WARM_UP = 0.25  # of the time; memory is compared from then on
 SLOW = 0.05  # seconds between a slow reader's reads
@@ -83,14 +82,7 @@ async def ask(
             raise asyncio.QueueFull
         if response.status_code != 200:
             raise AssertionError(f"{response.status_code}: {(await response.aread())[:200]!r}")
-        async for line in response.aiter_lines():
-            if not line.startswith("data: "):
-                continue
-            if line == "data: [DONE]":
-                return text
-            event = json.loads(line[6:])
-            if "error" in event:
-                raise AssertionError(f"in the stream: {event['error']}")
+        async for event in events(response):
             if not seen:
                 findings.first.append(time.monotonic() - began)
             seen += 1
@@ -99,7 +91,7 @@ async def ask(
                 return text
             if pause:
                 await asyncio.sleep(pause)
-    raise AssertionError("the stream ended without [DONE]")
+    return text
 
 
 async def one(
@@ -161,22 +153,9 @@ async def watch(pid: int, began: float, until: float, found: Findings) -> None:
         await asyncio.sleep(1)
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
-
-
 async def load(base: str, pid: int, options: argparse.Namespace) -> tuple[Findings, list[str]]:
     found = Findings()
     async with httpx.AsyncClient(base_url=base, timeout=300) as client:
-        for _ in range(600):
-            try:
-                if (await client.get("/health")).status_code == 200:
-                    break
-            except httpx.TransportError:
-                await asyncio.sleep(0.2)
         expected = [await ask(client, question(i, options.long), found) for i in range(len(QUESTIONS))]
     began = time.monotonic()
     until = began + 60 * options.minutes
@@ -212,15 +191,10 @@ def main() -> None:
     parser.add_argument("--long", type=int, default=2, help="how many of the questions have long prompts")
     parser.add_argument("--prompt-cache", default="64MB")
     options = parser.parse_args()
-    port = free_port()
-    command = ["mtp-mlx", "serve", "--model", options.model, "--port", str(port), "--log-level", "warning"]
-    server = subprocess.Popen([*command, "--prompt-cache", options.prompt_cache])
-    try:
-        found, expected = asyncio.run(load(f"http://127.0.0.1:{port}", server.pid, options))
-        alive = server.poll() is None
-    finally:
-        server.terminate()
-        code = server.wait(30)
+    with serving(options.model, "--prompt-cache", options.prompt_cache) as server:
+        found, expected = asyncio.run(load(server.base, server.process.pid, options))
+        alive = server.process.poll() is None
+    code = server.process.returncode
     found.faults += [] if alive else ["the server died"]
     found.faults += [] if code == 0 else [f"the server ended with {code}"]
     report = {

@@ -42,7 +42,10 @@ ALLOWED = {
     "mtp_mlx.rounds": {"", "cache", "choosing", "clock", "copying", "depth", "errors", "programs", "types"},
     "mtp_mlx.snapshots": {"cache", "choosing", "rounds", "types"},
     "mtp_mlx.trie": set(),
-    "mtp_mlx.prefixes": {"choosing", "rounds", "snapshots", "trie", "types"},
+    "mtp_mlx.sealing": {"checkpoint", "errors"},
+    "mtp_mlx.manifest": {"sealing"},
+    "mtp_mlx.store": {"manifest", "sealing", "snapshots", "trie"},
+    "mtp_mlx.prefixes": {"choosing", "rounds", "snapshots", "store", "trie", "types"},
     "mtp_mlx.stats": {"depth", "rounds"},
     "mtp_mlx.options": {"choosing", "grammar", "penalties", "sampling"},
     "mtp_mlx.generate": {
