@@ -148,7 +148,7 @@ ALLOWED = {
         "pairs",
         "sketch",
     },
-    "mtp_mlx.cli.options": {"", "cli.display", "drafter_bits", "errors", "loading", "memory"},
+    "mtp_mlx.cli.options": {"", "cli.display", "drafter_bits", "errors", "loading", "memory", "prefixes", "store"},
     "mtp_mlx.cli.generate": {
         "choosing",
         "cli.display",
@@ -200,7 +200,16 @@ ALLOWED = {
     "mtp_mlx.server.body": {"server.refusal"},
     "mtp_mlx.server.wire": set(),
     "mtp_mlx.server.guard": {"server.body", "server.limits", "server.refusal"},
-    "mtp_mlx.server.service": {"conversation", "dialects", "engine", "grammar", "infill", "loading", "server.refusal"},
+    "mtp_mlx.server.service": {
+        "conversation",
+        "dialects",
+        "engine",
+        "errors",
+        "grammar",
+        "infill",
+        "loading",
+        "server.refusal",
+    },
     "mtp_mlx.server.asking": {
         "conversation",
         "engine",
