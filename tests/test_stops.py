@@ -24,7 +24,8 @@ def test_however_a_text_is_cut_it_ends_at_the_first_stop(stops: tuple[str, ...])
     there = [stop for stop in stops if stop and stop in TEXT]
     begin = min(map(TEXT.index, there), default=len(TEXT))
     # Of two that begin at the same place the shorter one may be complete before the other.
-    expected = [(TEXT[:begin], stop) for stop in there or [None] if stop is None or TEXT.index(stop) == begin]
+    expected: list[tuple[str, str | None]] = [(TEXT[:begin], stop) for stop in there if TEXT.index(stop) == begin]
+    expected = expected or [(TEXT, None)]
     for size in range(1, len(TEXT) + 1):
         assert _through([TEXT[i : i + size] for i in range(0, len(TEXT), size)], stops) in expected
     for cut, other in product(range(len(TEXT)), repeat=2):
