@@ -300,7 +300,7 @@ ALLOWED = {
         "server.telling",
         "server.writing",
     },
-    "mtp_mlx.server.run": {"engine", "errors", "server.limits"},
+    "mtp_mlx.server.run": {"engine", "errors", "server.limits", "server.refusal"},
     "mtp_mlx.cli.serve": {
         "cli.display",
         "cli.options",

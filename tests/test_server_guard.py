@@ -74,6 +74,9 @@ def test_pages_may_ask_only_if_they_are_listed_or_the_servers_own() -> None:
         asked = {"origin": "https://page.example", "access-control-request-method": "POST"}
         preflight = client.options(CHAT, headers=asked)
         assert preflight.status_code == 204 and "POST" in preflight.headers["access-control-allow-methods"]
+        assert preflight.headers["access-control-allow-headers"] == "authorization, content-type, x-api-key"
+        own = {"access-control-request-headers": "content-type,x-stainless-os"}
+        assert client.options(CHAT, headers=asked | own).headers["access-control-allow-headers"] == own.popitem()[1]
         assert client.options(CHAT, headers=asked | {"origin": "https://evil.example"}).status_code == 403
         # No header at all without an origin.
         assert "access-control-allow-origin" not in client.get("/health").headers
@@ -106,6 +109,8 @@ def test_without_its_key_only_health_and_the_page_answer() -> None:
         (b"{}", {"content-type": "text/plain"}, 415),
         (b"{}", {"content-type": "application/x-www-form-urlencoded"}, 415),
         (b"{}", {}, 415),
+        (b"\x1f\x8b\x08", JSON | {"content-encoding": "gzip"}, 415),
+        ('{"prompt": "x"}'.encode("utf-16"), JSON, 400),
         (b"{", JSON, 400),
         (b"", JSON, 400),
         (b"[]", JSON, 400),
@@ -178,6 +183,8 @@ def test_a_body_needs_a_length() -> None:
     assert _ask(guard, JSON, [])["status"] == 411
     for length in ("-5", "x", "1e3", "²"):
         assert _ask(guard, JSON | {"content-length": length}, [])["status"] == 400
+    both = _ask(guard, JSON | {"content-length": "2", "transfer-encoding": "chunked"}, [])
+    assert both["status"] == 400 and b"contradict" in both["body"]
     assert _ask(guard, JSON | {"content-length": "9" * 30}, [])["status"] == 413
 
 

@@ -148,6 +148,62 @@ def test_headers_that_do_not_come_are_not_waited_for(live: Running, monkeypatch:
         assert large.recv(100).startswith(b"HTTP/1.1 400")
 
 
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\x16\x03\x01\x02\x00\x01\r\n\r\n",  # a browser that was told https
+        b"GET /health HTTP/1.1\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nhost: localhost\r\nhost: localhost\r\n\r\n",
+        b"POST /tokenize HTTP/1.1\r\nhost: localhost\r\ncontent-length: -1\r\n\r\n",
+        b"POST /tokenize HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: gzip, chunked\r\n\r\n",
+    ],
+    ids=["tls", "no host", "two hosts", "length", "encoding"],
+)
+def test_what_is_no_http_is_told_in_json(live: Running, data: bytes) -> None:
+    with socket.create_connection(("127.0.0.1", live.port), 20) as asking:
+        asking.sendall(data)
+        head, _, body = _all(asking).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400") and b"connection: close" in head.lower()
+    assert b"content-type: application/json" in head.lower()
+    assert json.loads(body)["error"]["type"] == "invalid_request_error"
+
+
+def test_a_body_that_breaks_after_its_answer_ends_the_connection(
+    live: Running, caplog: pytest.LogCaptureFixture
+) -> None:
+    head = b"POST /tokenize HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+    with socket.create_connection(("127.0.0.1", live.port), 20) as asking:
+        asking.sendall(head + b"transfer-encoding: chunked\r\n\r\n")
+        assert asking.recv(65536).startswith(b"HTTP/1.1 401")
+        asking.sendall(b"no chunk\r\n")
+        assert asking.recv(65536) == b""
+    assert "Traceback" not in caplog.text and not any(record.exc_info for record in caplog.records)
+
+
+def test_a_connection_too_many_is_told_so_and_the_others_go_on() -> None:
+    with running(Limits(connections=2, grace=0.3)) as server:
+        head = b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n"
+        held = [socket.create_connection(("127.0.0.1", server.port), 20) for _ in range(2)]
+        for each in held:
+            each.sendall(head)
+            assert each.recv(65536).startswith(b"HTTP/1.1 200")
+        with socket.create_connection(("127.0.0.1", server.port), 20) as third:
+            third.sendall(head)
+            answer = _all(third)
+        assert answer.startswith(b"HTTP/1.1 503") and b"retry-after: 1" in answer.lower()
+        assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == "unavailable"
+        for each in held:
+            each.sendall(head)
+            assert each.recv(65536).startswith(b"HTTP/1.1 200")
+            each.close()
+        end = time.monotonic() + 5
+        while len(server.server.server_state.connections) and time.monotonic() < end:
+            time.sleep(0.01)
+        with socket.create_connection(("127.0.0.1", server.port), 20) as again:
+            again.sendall(head)
+            assert again.recv(65536).startswith(b"HTTP/1.1 200")
+
+
 def test_running_answers_may_finish_when_the_server_stops() -> None:
     with running(Limits(grace=20)) as server:
         server.engine.script = "word " * 30

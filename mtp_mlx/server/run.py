@@ -8,11 +8,13 @@ from asyncio import TimerHandle, create_task, to_thread
 import h11
 import uvicorn
 from fastapi import FastAPI
+from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from mtp_mlx.engine import Engine
 from mtp_mlx.errors import RequestError
 from mtp_mlx.server.limits import Limits
+from mtp_mlx.server.refusal import RETRY, RefusedError
 
 HEADERS = 30.0  # seconds in which a request's headers have to be there
 KEEP_ALIVE = 75  # seconds that an idle connection is kept
@@ -75,12 +77,16 @@ class Server(uvicorn.Server):
 
 
 class Patient(H11Protocol):
-    """A connection that does not wait for ever for a request's headers."""
+    """A connection that does not wait for ever for a request's headers, and on which every error is JSON."""
 
     _deadline: TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        # uvicorn's own way would refuse those too who were here first.
+        most, self.limit_concurrency = self.limit_concurrency, None
+        if most is not None and len(self.connections) > most:
+            self.app = _crowded
         self._watch()
 
     def data_received(self, data: bytes) -> None:
@@ -90,6 +96,19 @@ class Patient(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self._rest()
+
+    def send_400_response(self, msg: str) -> None:
+        """For what is no HTTP. After an answer has begun nothing can be said any more."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            answer = _GARBLED.response()
+            events = (
+                h11.Response(status_code=400, headers=answer.raw_headers, reason=b"Bad Request"),
+                h11.Data(data=bytes(answer.body)),
+                h11.EndOfMessage(),
+            )
+            for event in events:
+                self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
 
     def _watch(self) -> None:
         """A deadline while headers are missing, none while a request is being answered."""
@@ -105,3 +124,22 @@ class Patient(H11Protocol):
 
     def _hang_up(self) -> None:
         self.transport.close()
+
+
+_CLOSE = {"Connection": "close"}
+_GARBLED = RefusedError(
+    400,
+    "this is no HTTP/1.1 request that can be read: a line is malformed, Host is missing, or there are too many headers",
+    headers=_CLOSE,
+)
+
+
+async def _crowded(scope: Scope, receive: Receive, send: Send) -> None:
+    """What those are told who find all connections taken."""
+    full = RefusedError(
+        503,
+        "too many connections are open already; close some, or ask again later",
+        code="unavailable",
+        headers=RETRY | _CLOSE,
+    )
+    await full.response()(scope, receive, send)
