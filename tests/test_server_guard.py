@@ -1,9 +1,12 @@
 """Who is let in: hosts, origins, keys, and bodies that are whole, small, in time and JSON."""
 
 import asyncio
+from itertools import pairwise
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from served import USER, Served, serving
 from served import _shared as _shared
 from served import served as served
@@ -176,6 +179,25 @@ def test_a_body_that_does_not_come_is_not_waited_for() -> None:
     assert slow["status"] == 408 and b"0.05 seconds" in slow["body"]
     gone = _ask(guard, JSON | {"content-length": "10"}, [*started, {"type": "http.disconnect"}])
     assert gone["status"] == 400 and b"cut off" in gone["body"]
+
+
+@settings(max_examples=50, deadline=None)
+@given(borders=st.lists(st.integers(0, 60), max_size=60), empty=st.booleans())
+def test_a_body_is_the_same_however_it_arrives(borders: list[int], empty: bool) -> None:
+    body = '{"content": "naïve \U0001f600 \\ud83d\\ude00", "a": [1]}'.encode()
+    cuts = [0, *sorted({border for border in borders if border < len(body)}), len(body)]
+    parts = [body[start:end] for start, end in pairwise(cuts)] + [b""] * empty
+    messages: list[Message] = [{"type": "http.request", "body": part, "more_body": True} for part in parts]
+    messages[-1]["more_body"] = False
+    read: list[Message] = []
+
+    async def app(scope: Scope, receive: Any, send: Any) -> None:
+        read.append(await receive())
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    chunked = _ask(Guard(app, Access(), Limits()), JSON | {"transfer-encoding": "chunked"}, messages)
+    assert chunked["status"] == 200
+    assert read == [{"type": "http.request", "body": body, "more_body": False}]
 
 
 def test_a_body_needs_a_length() -> None:

@@ -20,7 +20,7 @@ from mtp_mlx.server.app import make_app
 from mtp_mlx.server.guard import Access
 from mtp_mlx.server.limits import Limits
 from mtp_mlx.server.run import Server, listen
-from mtp_mlx.server.service import Service
+from mtp_mlx.server.service import Defaults, Service
 
 LONG: dict[str, Any] = {"messages": USER, "reasoning_effort": "none", "depth": 0}
 
@@ -48,11 +48,11 @@ class Running:
 
 
 @contextmanager
-def running(limits: Limits | None = None) -> Iterator[Running]:
+def running(limits: Limits | None = None, defaults: Defaults | None = None) -> Iterator[Running]:
     loaded = tiny_loaded()
     engine = Scripted(loaded)
     limits = limits or Limits(grace=0.3)
-    service = Service.of(loaded, engine, slots=4, names=("tiny",))
+    service = Service.of(loaded, engine, slots=4, names=("tiny",), defaults=defaults)
     server = Server(make_app(service, limits, Access.of("127.0.0.1", key="key")), engine, limits)
     bound = listen("127.0.0.1", 0)
     thread = threading.Thread(target=server.run, args=([bound],), daemon=True)
