@@ -4,7 +4,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -74,11 +74,15 @@ def live() -> Iterator[Running]:
         yield server
 
 
-def _busy(server: Running, live: int) -> bool:
-    end = time.monotonic() + 10
-    while server.engine.load.live != live and time.monotonic() < end:
+def _within(seconds: float, holds: Callable[[], bool]) -> bool:
+    end = time.monotonic() + seconds
+    while not holds() and time.monotonic() < end:
         time.sleep(0.01)
-    return server.engine.load.live == live
+    return holds()
+
+
+def _busy(server: Running, live: int) -> bool:
+    return _within(10, lambda: server.engine.load.live == live)
 
 
 def test_the_sdk_talks_to_it(live: Running) -> None:
@@ -121,6 +125,29 @@ def test_a_client_that_hangs_up_is_noticed(live: Running, stream: bool) -> None:
     assert _busy(live, 0), "the engine writes on for nobody"
     live.engine.script = "Yes."
     assert live.sdk.chat.completions.create(model="tiny", messages=USER).choices  # type: ignore[arg-type]
+
+
+def test_a_client_that_reads_nothing_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "STALL", 0.2)
+    with running() as server, socket.socket() as asking:
+        asking.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        asking.connect(("127.0.0.1", server.port))
+        body = json.dumps({"messages": [{"role": "user", "content": "x" * 10**7}]}).encode()
+        head = b"POST /apply-template HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+        asking.sendall(head + b"authorization: Bearer key\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
+        assert _within(10, lambda: bool(server.server.server_state.tasks))
+        assert _within(10, lambda: not server.server.server_state.connections), "it is waited for"
+
+
+def test_a_client_that_reads_slowly_gets_all_of_it(live: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "STALL", 0.5)
+    with live.ask({"messages": [{"role": "user", "content": "x" * 10**7}]}, "/apply-template") as asking:
+        read = 0
+        while read < 10**7:
+            part = asking.recv(2**20)
+            assert part, "the server has hung up"
+            read += len(part)
+            time.sleep(0.05)
 
 
 def test_a_request_in_chunks_is_taken_and_connections_are_kept(live: Running) -> None:
@@ -196,9 +223,7 @@ def test_a_connection_too_many_is_told_so_and_the_others_go_on() -> None:
             each.sendall(head)
             assert each.recv(65536).startswith(b"HTTP/1.1 200")
             each.close()
-        end = time.monotonic() + 5
-        while len(server.server.server_state.connections) and time.monotonic() < end:
-            time.sleep(0.01)
+        assert _within(5, lambda: not server.server.server_state.connections)
         with socket.create_connection(("127.0.0.1", server.port), 20) as again:
             again.sendall(head)
             assert again.recv(65536).startswith(b"HTTP/1.1 200")

@@ -17,6 +17,7 @@ from mtp_mlx.server.limits import Limits
 from mtp_mlx.server.refusal import RETRY, RefusedError
 
 HEADERS = 30.0  # seconds in which a request's headers have to be there
+STALL = 120.0  # seconds that a client may leave what was sent to it unread
 KEEP_ALIVE = 75  # seconds that an idle connection is kept
 CLOSING = 3.0  # seconds for the engine to end its slice
 
@@ -77,9 +78,10 @@ class Server(uvicorn.Server):
 
 
 class Patient(H11Protocol):
-    """A connection that does not wait for ever for a request's headers, and on which every error is JSON."""
+    """A connection that waits for ever neither for headers nor for a reader, and on which every error is JSON."""
 
     _deadline: TimerHandle | None = None
+    _stalled: TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -96,6 +98,21 @@ class Patient(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self._rest()
+        self._flows()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        # Who reads no more is gone: it would keep a place among those who are served. Closing would wait for it too.
+        self._stalled = self.loop.call_later(STALL, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._flows()
+
+    def _flows(self) -> None:
+        if self._stalled is not None:
+            self._stalled.cancel()
+            self._stalled = None
 
     def send_400_response(self, msg: str) -> None:
         """For what is no HTTP. After an answer has begun nothing can be said any more."""
