@@ -33,10 +33,7 @@ class Running:
     server: Server
     thread: threading.Thread
     port: int
-
-    @property
-    def sdk(self) -> OpenAI:
-        return OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key="key", max_retries=0)
+    sdk: OpenAI
 
     def ask(self, body: dict[str, Any], path: str = "/v1/chat/completions") -> socket.socket:
         """A connection on which a request has been sent."""
@@ -59,8 +56,10 @@ def running(limits: Limits | None = None, defaults: Defaults | None = None) -> I
     thread.start()
     while not server.started and thread.is_alive():
         time.sleep(0.01)
+    port = bound.getsockname()[1]
     try:
-        yield Running(engine, server, thread, bound.getsockname()[1])
+        with OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="key", max_retries=0) as sdk:
+            yield Running(engine, server, thread, port, sdk)
     finally:
         server.should_exit = True
         thread.join(20)
@@ -113,7 +112,7 @@ def test_the_sdk_completes_and_reads_errors(live: Running) -> None:
     with pytest.raises(openai.NotFoundError, match="not served here"):
         live.sdk.chat.completions.create(model="gpt-4o", messages=[{"role": "user", "content": "hi"}])
     wrong = OpenAI(base_url=live.sdk.base_url, api_key="wrong", max_retries=0)
-    with pytest.raises(openai.AuthenticationError):
+    with wrong, pytest.raises(openai.AuthenticationError):
         wrong.models.list()
 
 
@@ -252,6 +251,19 @@ def test_answers_that_take_too_long_are_told_why_they_end() -> None:
         assert not server.thread.is_alive()
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection(("127.0.0.1", server.port), 1).close()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_second_signal_ends_it_at_once_and_without_a_fault(stream: bool, caplog: pytest.LogCaptureFixture) -> None:
+    with running(Limits(grace=60)) as server, caplog.at_level("INFO"):
+        server.engine.script = "word " * 400
+        with server.ask(LONG | {"stream": stream}):
+            assert _busy(server, 1)
+            server.server.should_exit = server.server.force_exit = True
+            server.thread.join(5)
+            assert not server.thread.is_alive() and _busy(server, 0)
+    assert not any(record.exc_info for record in caplog.records), caplog.text
+    assert "499 cancelled" in caplog.text
 
 
 def _all(connection: socket.socket) -> bytes:

@@ -69,12 +69,20 @@ class Server(uvicorn.Server):
         ending = create_task(self._end())
         try:
             await super().shutdown(sockets)
+            await self._hang_up()
         finally:
             ending.cancel()
 
     async def _end(self) -> None:
         await asyncio.sleep(self._grace)
         await to_thread(self._engine.close, CLOSING)
+
+    async def _hang_up(self) -> None:
+        """Who is still there after a second signal is not waited for, and its request ends as if it had left."""
+        for connection in [*self.server_state.connections]:
+            connection.transport.abort()
+        if self.server_state.tasks:
+            await asyncio.wait(self.server_state.tasks, timeout=CLOSING)
 
 
 class Patient(H11Protocol):
