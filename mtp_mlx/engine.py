@@ -101,6 +101,7 @@ class Engine:
         self._live: deque[_Job] = deque()
         self._changed = threading.Condition()  # of `_waiting` and `_closed`
         self._closed = False
+        self._turns = 0  # since a newcomer was let in
         self._usage = prefixes.usage if prefixes else None  # the cache itself belongs to the thread
         self._thread = threading.Thread(target=self._work, name="mtp-mlx engine", daemon=True)
         self._thread.start()
@@ -139,15 +140,28 @@ class Engine:
         self._thread.join(timeout)
 
     def _work(self) -> None:
-        with wired():
-            while not self._closed:
-                self._admit()
-                if not self._live:
-                    self._idle()
-                elif all(job.rests for job in self._live):
-                    self._wait(REST)
-                else:
-                    self._slice()
+        try:
+            with wired():
+                self._serve()
+        except Exception:
+            _log.exception("a fault ended the engine")
+        self._end()
+
+    def _serve(self) -> None:
+        while not self._closed:
+            self._admit()
+            self._turns += 1
+            if not self._live:
+                self._idle()
+            elif all(job.rests for job in self._live):
+                self._wait(REST)
+            else:
+                self._slice()
+
+    def _end(self) -> None:
+        """Whoever waits is told, however it came about."""
+        with self._changed:
+            self._closed = True
         for job in (*self._live, *self._waiting):
             job.fail(BusyError("the engine was closed"))
         if self._prefixes:
@@ -168,20 +182,33 @@ class Engine:
         self._usage = self._prefixes.usage if self._prefixes else None
 
     def _admit(self) -> None:
-        """Newcomers have the next turn, behind those who have left: what was read for them may be of use."""
+        """A newcomer has the next turn, behind those who have left: what was read for them may be of use.
+
+        Between two newcomers somebody else has a turn, or a crowd of short requests would hold up the others.
+        """
         for job in [job for job in self._live if job.cancelled.is_set()]:
             job.go_on()
             self._live.remove(job)
-        while self._waiting and len(self._live) < self._slots:
-            self._live.appendleft(self._waiting.popleft())
+        with self._changed:
+            if self._waiting and len(self._live) < self._slots and (self._turns > 1 or not self._live):
+                self._live.appendleft(self._waiting.popleft())
+                self._turns = 0
 
     def _idle(self) -> None:
         """Wait for somebody; what is to outlive the program is written once nobody has come for a while."""
         self._wait(SETTLED)
-        while not self._waiting and not self._closed and self._prefixes and self._prefixes.flush(FLUSH):
+        while not self._waiting and not self._closed and self._flush():
             pass
         self._count()
         self._wait(None)
+
+    def _flush(self) -> bool:
+        """Write something of the prompt cache; whether more is left."""
+        try:
+            return self._prefixes is not None and self._prefixes.flush(FLUSH)
+        except Exception:  # whatever it is, requests go on
+            _log.exception("a fault while writing the prompt cache")
+            return False
 
     def _wait(self, seconds: float | None) -> None:
         """Until somebody asks, or the engine is closed."""
@@ -212,7 +239,8 @@ class Stream:
         if isinstance(event, BaseException):
             self._ended = True
             raise event
-        self._ended = isinstance(event, Piece) and event.finish_reason is not None
+        # None: somebody has closed it meanwhile.
+        self._ended = event is None or (isinstance(event, Piece) and event.finish_reason is not None)
         return event
 
     def __iter__(self) -> Iterator[Event]:
@@ -225,9 +253,10 @@ class Stream:
         return event
 
     def close(self) -> None:
-        """Nobody wants more of it."""
+        """Nobody wants more of it. A reader that waits for the next event gets none."""
         self._ended = True
         self._job.cancelled.set()
+        self._job.events.put(None)
 
     def __del__(self) -> None:
         self._job.cancelled.set()
@@ -237,7 +266,7 @@ class _Job:
     """A request that is being served, on the engine's thread; its events go to the reader's."""
 
     def __init__(self, pair: Pair, tokenizer: TokenizerWrapper, prefixes: Prefixes | None, request: Request):
-        self.events: queue.SimpleQueue[Event | BaseException] = queue.SimpleQueue()
+        self.events: queue.SimpleQueue[Event | BaseException | None] = queue.SimpleQueue()
         self.cancelled = threading.Event()
         self.told: Callable[[], None] | None = None
         self._request = request
@@ -267,8 +296,11 @@ class _Job:
         return False
 
     def fail(self, error: Exception) -> None:
-        """End it with an error for its reader."""
-        self._source.close()
+        """End it with an error for its reader, even where it cannot be ended well."""
+        try:
+            self._source.close()
+        except Exception:
+            _log.exception("a fault while a request was ended")
         self._tell(error)
 
     def _slice(self) -> bool:
@@ -285,8 +317,11 @@ class _Job:
 
     def _tell(self, event: Event | BaseException) -> None:
         self.events.put(event)
-        if self.told:
-            self.told()
+        try:
+            if self.told:
+                self.told()
+        except Exception:  # it is not the engine's
+            _log.exception("a fault of one who watches a request")
 
     def _emit(self, responses: list[Response]) -> bool:
         """Hand on the tokens of a round; whether it was the last one."""

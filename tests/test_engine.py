@@ -262,3 +262,112 @@ def test_a_grammar_binds_the_answer_at_every_depth(loaded: Loaded, engine: Engin
         assert set(json.loads("".join(piece.text for piece in pieces))) <= {"alpha", "beta"}
         assert pieces[-1].finish_reason == "stop"
         assert [token.id for piece in pieces for token in piece.tokens] == ids(alone(loaded, request))
+
+
+def test_a_request_in_the_queue_is_served_once_while_others_join_it(loaded: Loaded) -> None:
+    served = Engine(*loaded, slots=1)
+    running = served.stream(Request(varied_tokens(900), Options(900, 0, prefill_step_size=10)))
+    next(running)
+    held = served.stream(Request(varied_tokens(9), Options(5, 0)))
+
+    class Slow(threading.Event):
+        def is_set(self) -> bool:  # asked by one who joins the queue: long enough for the engine to take the request
+            if threading.current_thread() is threading.main_thread():
+                running.close()
+                time.sleep(0.2)
+            return super().is_set()
+
+    held._job.cancelled = Slow()
+    joined = served.stream(Request(varied_tokens(7), Options(5, 0)))
+    assert len(tokens_of(held)) == len(tokens_of(joined)) == 5
+    assert held.get(0.05) is None and held._job.events.empty()
+    served.close(10)
+
+
+def test_faults_around_a_request_do_not_end_the_engine(loaded: Loaded, engine: Engine) -> None:
+    def complain() -> None:
+        raise RuntimeError("nobody listens")
+
+    asked = Request(varied_tokens(9), Options(5, 0))
+    heard = engine.stream(asked)
+    heard.watch(complain)
+    assert len(tokens_of(heard)) == 5
+    assert len(tokens_of(engine.stream(asked))) == 5
+
+
+def test_nobody_waits_for_an_engine_that_has_ended(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However it ended: a fault where requests are closed, or one of the engine's own."""
+    pair, tokenizer = loaded
+
+    def fault(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    for place, name in ((Prefixes, "store"), (Engine, "_admit")):
+        served = Engine(pair, tokenizer, Prefixes(pair, 10**9, near=1), slots=2)
+        streams = [served.stream(Request(varied_tokens(200, i), Options(800, 0))) for i in range(4)]
+        for stream in streams[:2]:
+            next(event for event in stream if isinstance(event, Piece))
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, fault)
+            if place is Prefixes:
+                served.close(10)
+            served._thread.join(10)
+        for stream in streams:
+            with pytest.raises(BusyError, match="closed"):
+                while stream.get(10):
+                    pass
+        with pytest.raises(BusyError, match="closed"):
+            served.stream(Request([5]))
+        served.close(10)
+
+
+def test_a_cache_that_cannot_be_written_does_not_end_the_engine(
+    loaded: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair, tokenizer = loaded
+    monkeypatch.setattr(module, "SETTLED", 0.01)
+    flushed = threading.Event()
+
+    def fault(*_: object) -> bool:
+        flushed.set()
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(Prefixes, "flush", fault)
+    served = Engine(pair, tokenizer, Prefixes(pair, 10**9, near=1))
+    assert len(tokens_of(served.stream(Request(varied_tokens(9), Options(5, 0))))) == 5
+    assert flushed.wait(10)
+    assert len(tokens_of(served.stream(Request(varied_tokens(9), Options(5, 0))))) == 5
+    monkeypatch.undo()
+    served.close(10)
+
+
+def test_newcomers_do_not_starve_who_is_being_served(loaded: Loaded) -> None:
+    """Requests whose prompts are known take a single slice, and there is always another one."""
+    pair, tokenizer = loaded
+    served = Engine(pair, tokenizer, Prefixes(pair, 10**9, near=1), slots=3)
+    short, crowd, written = Request(varied_tokens(20), Options(1, 0)), list[Stream](), list[int]()
+    tokens_of(served.stream(short))
+    long = served.stream(Request(varied_tokens(5), Options(200, 0)))
+    next(long)
+
+    def ask() -> None:
+        written.append(long._job.events.qsize())
+        if len(crowd) < 40 and served.load.waiting < 2:
+            crowd.append(served.stream(short))
+            crowd[-1].watch(ask)
+
+    ask()
+    deadline = time.monotonic() + 20
+    while len(crowd) < 40 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert written[-1] > 20
+    served.close(10)
+
+
+def test_whoever_waits_for_a_stream_is_woken_when_somebody_closes_it(engine: Engine) -> None:
+    stream = engine.stream(Request(varied_tokens(900), Options(5, 0, prefill_step_size=2)))
+    reader = threading.Thread(target=lambda: list(stream))
+    reader.start()
+    stream.close()
+    reader.join(5)
+    assert not reader.is_alive()
