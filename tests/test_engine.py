@@ -14,6 +14,7 @@ from conftest import FIXTURES, varied_tokens
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mtp_mlx import engine as module
+from mtp_mlx import memory
 from mtp_mlx.dialects import find_dialect
 from mtp_mlx.engine import Engine, Event, Piece, Request, Stream
 from mtp_mlx.errors import BusyError, RequestError
@@ -371,3 +372,18 @@ def test_whoever_waits_for_a_stream_is_woken_when_somebody_closes_it(engine: Eng
     stream.close()
     reader.join(5)
     assert not reader.is_alive()
+
+
+def test_who_finds_no_memory_waits_until_others_have_ended(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair, tokenizer = loaded
+    before, needed = mx.get_active_memory(), pair.target.kv_bytes(700) + pair.drafter.kv_bytes(700)
+    monkeypatch.setattr(memory, "free_bytes", lambda: int(1.2 * needed) - (mx.get_active_memory() - before))
+    served = Engine(pair, tokenizer, slots=3)
+    requests = [Request(varied_tokens(600 - i, seed=i), Options(30, 0)) for i in range(3)]
+    streams = [served.stream(request) for request in requests]
+    first = next(event for event in streams[0] if isinstance(event, Piece))
+    assert first.finish_reason is None and streams[1].get(0) is None and served.load == (1, 2)
+    assert [len(tokens_of(stream)) for stream in streams[1:]] == [30, 30]
+    with pytest.raises(RequestError, match="are free"):
+        tokens_of(served.stream(Request(varied_tokens(5), Options(1000, 0))))
+    served.close(10)
