@@ -1,6 +1,7 @@
 """Several requests share a pair in slices: none gets another's text, a short one does not wait, a reader may leave."""
 
 import json
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -12,9 +13,13 @@ import mlx.core as mx
 import pytest
 from conftest import FIXTURES, varied_tokens
 from mlx_lm.tokenizer_utils import TokenizerWrapper
+from served import Says
+from talks import BRACES, MARKERS, TAGS, WEATHER, answer, call, result, system, tokenizer, user
+from test_conversation import CALLS
 
 from mtp_mlx import engine as module
 from mtp_mlx import memory
+from mtp_mlx.conversation import Conversations
 from mtp_mlx.dialects import find_dialect
 from mtp_mlx.engine import Engine, Event, Piece, Request, Stream
 from mtp_mlx.errors import BusyError, RequestError
@@ -387,3 +392,36 @@ def test_who_finds_no_memory_waits_until_others_have_ended(loaded: Loaded, monke
     with pytest.raises(RequestError, match="are free"):
         tokens_of(served.stream(Request(varied_tokens(5), Options(1000, 0))))
     served.close(10)
+
+
+@pytest.mark.parametrize(("model", "template"), [("gemma4_keqv", BRACES), ("qwen3_5_tied", TAGS)])
+@pytest.mark.parametrize("predicted", [True, False], ids=["predicted", "written"])
+def test_a_loop_of_calls_reads_nothing_twice(model: str, template: str, predicted: bool) -> None:
+    """Replies that the tokenizer would split otherwise; a prediction is right to the end, and beyond it."""
+    pair, words = load(FIXTURES / model, dtype=mx.float32)[0], tokenizer(template, 300)
+    dialect = find_dialect(words.get_vocab())
+    chat, served = Conversations(words, dialect), Engine(pair, words, Prefixes(pair, 10**9, near=1))
+    messages, known = [system("Be brief."), user("weather in Paris?")], list[int]()
+    for turn in range(4):
+        prompt = chat.prompt(messages, [WEATHER], thinking=True)
+        assert prompt.ids[: len(known)] == known
+        reply = [token for c in _characters(words, CALLS[template]) for token in c]
+        script = mx.array([0] * len(prompt.ids) + reply + [7] * 64, mx.int32)
+        options = Options(300, 3, Says(script), drafts="argmax", stops=frozenset(reply[-1:]), seed=0)
+        options = replace(options, prediction=[*reply, *[7] * 40] if predicted else None)
+        pieces = [p for p in served.stream(Request(prompt.ids, options, marks=prompt.marks)) if isinstance(p, Piece)]
+        assert [token.id for piece in pieces for token in piece.tokens] == reply
+        assert pieces[-1].stats.cached_tokens == max(0, len(known) - 1), "all but the token that ended the reply"
+        assert not predicted or pieces[-1].stats.copied_accepted > len(reply) // 2
+        known = [*prompt.ids, *reply]
+        chat.remember(known)
+        arguments = json.dumps({"city": "Paris"})
+        messages += [answer(None, reasoning_content="I call.", tool_calls=[call(arguments)]), result(f"sunny {turn}")]
+    served.close(10)
+
+
+def _characters(words: TokenizerWrapper, text: str) -> Iterator[list[int]]:
+    """Markers as they are, the rest one character at a time."""
+    for piece in re.split(f"({'|'.join(map(re.escape, MARKERS))})", text):
+        for part in [piece] if piece in MARKERS else piece:
+            yield words.encode(part, add_special_tokens=False)
