@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import mlx.core as mx
 import pytest
-from conftest import FIXTURES, varied_tokens
+from conftest import FIXTURES, AlteredTarget, varied_tokens
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from served import Says
 from talks import BRACES, MARKERS, TAGS, WEATHER, answer, call, result, system, tokenizer, user
@@ -22,12 +22,14 @@ from mtp_mlx import memory
 from mtp_mlx.conversation import Conversations
 from mtp_mlx.dialects import find_dialect
 from mtp_mlx.engine import Engine, Event, Piece, Request, Stream
-from mtp_mlx.errors import BusyError, RequestError
+from mtp_mlx.errors import BusyError, MTPError, RequestError
 from mtp_mlx.generate import Progress, Response, generation
 from mtp_mlx.grammar import Grammar, Guide
 from mtp_mlx.loading import load
 from mtp_mlx.options import Options
+from mtp_mlx.penalties import Penalties
 from mtp_mlx.prefixes import Prefixes
+from mtp_mlx.programs import Programs
 from mtp_mlx.sampling import Sample
 from mtp_mlx.store import Store
 from mtp_mlx.types import Pair
@@ -425,3 +427,31 @@ def _characters(words: TokenizerWrapper, text: str) -> Iterator[list[int]]:
     for piece in re.split(f"({'|'.join(map(re.escape, MARKERS))})", text):
         for part in [piece] if piece in MARKERS else piece:
             yield words.encode(part, add_special_tokens=False)
+
+
+def test_what_fails_in_the_middle_leaves_nothing_behind(loaded: Loaded) -> None:
+    """Logits that are not finite, in the prompt's wake or later, and a grammar that leads nowhere."""
+    sound, tokenizer = loaded
+    asked = Request(varied_tokens(30, seed=3), Options(30))
+    expected = ids(alone(loaded, asked))
+    poison = next(token for token in range(4, 320) if token not in [*asked.prompt, *expected])
+    pair = replace(sound, target=AlteredTarget(sound.target, poison=poison), programs=Programs(), measured={})
+    guide = Guide.of(
+        tokenizer, pair.target.vocabulary, frozenset(tokenizer.eos_token_ids), find_dialect(tokenizer.get_vocab())
+    )
+    letters = tokenizer.encode("abc", add_special_tokens=False)
+    forbidden = Penalties(bias=tuple((token, float("-inf")) for token in letters))
+    prefixes = Prefixes(pair, 10**9, near=1)
+    served = Engine(pair, tokenizer, prefixes, slots=2)
+    good = served.stream(asked)
+    for prompt, options in (
+        ([*varied_tokens(20), poison], Options(20)),
+        ([*varied_tokens(20), 5], Options(20, "auto", Says(mx.array([poison] * 99)), drafts="argmax")),
+        ([7], Options(20, "auto", penalties=forbidden, grammar=Grammar.choice(guide, ["abc"]))),
+    ):
+        with pytest.raises(MTPError, match=r"not finite|grammar"):
+            tokens_of(served.stream(Request(prompt, options)))
+    assert tokens_of(good) == expected == tokens_of(served.stream(asked))
+    served.close(10)
+    assert not prefixes._texts and not any(measured.busy for measured in pair.measured["auto"])
+    assert all(poison not in entry.snapshot.tokens for entry in prefixes._entries), "nothing broken is kept"
