@@ -45,7 +45,7 @@ ALLOWED = {
     "mtp_mlx.sealing": {"checkpoint", "errors"},
     "mtp_mlx.manifest": {"sealing"},
     "mtp_mlx.store": {"manifest", "sealing", "snapshots", "trie"},
-    "mtp_mlx.prefixes": {"choosing", "rounds", "snapshots", "store", "trie", "types"},
+    "mtp_mlx.prefixes": {"", "admission", "memory", "choosing", "rounds", "snapshots", "store", "trie", "types"},
     "mtp_mlx.stats": {"depth", "rounds"},
     "mtp_mlx.options": {"choosing", "grammar", "penalties", "sampling"},
     "mtp_mlx.generate": {
