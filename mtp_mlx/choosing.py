@@ -98,12 +98,29 @@ class Choice(NamedTuple):
     logprobs: mx.array  # (len(tokens) or more, V)
 
 
+def masked(logits: mx.array, masks: mx.array | None) -> mx.array:
+    """Logits (..., V) where bit v % 32 of word v // 32 is set in masks (..., V / 32 or more) uint32, else -inf."""
+    if masks is None:
+        return logits
+    bits = (masks[..., None] >> mx.arange(32, dtype=mx.uint32)) & 1
+    return mx.where(bits.flatten(-2)[..., : logits.shape[-1]] != 0, logits, -mx.inf)
+
+
 def verdict(
-    rules: Rules, context: Context, draft: Draft, block: mx.array, start: mx.array, logits: mx.array
+    rules: Rules,
+    context: Context,
+    draft: Draft,
+    block: mx.array,
+    start: mx.array,
+    logits: mx.array,
+    masks: mx.array | None = None,
 ) -> tuple[mx.array, mx.array]:
-    """The host's report, (2 + 1 + k+1,) int32, and log-probabilities (B, k+1, V), for logits (B, k+1, V)."""
+    """The host's report, (2 + 1 + k+1,) int32, and log-probabilities (B, k+1, V), for logits (B, k+1, V).
+
+    Masks come behind penalties, which may change what is forbidden, and before filters, which have to see what is left.
+    """
     rows = block.shape[1]
-    logprobs = normalise(rules.penalties(logits, windows(context.recent, block)))
+    logprobs = normalise(masked(rules.penalties(logits, windows(context.recent, block)), masks))
     kept = accept(draft, logprobs, keys(context.seed, start[:, None] + 1 + mx.arange(rows)), rules.sampler)
     # Rows after the first wrong draft continue a text that nobody wrote; their logits may be as they like.
     finite = mx.isfinite(mx.take_along_axis(logprobs, kept.tokens[..., None], axis=-1))[..., 0]
@@ -137,8 +154,13 @@ class Callables:
         """How a drafter should draw."""
         return Rules(self.sampler if isinstance(self.sampler, Greedy | Sample) else Greedy())
 
-    def choose(self, seed: mx.array, text: list[int], draft: list[int], logits: mx.array) -> Choice:
-        """Choose for the rows of logits (k+1, V) that follow `text`, as long as the choice equals the draft."""
+    def choose(
+        self, seed: mx.array, text: list[int], draft: list[int], logits: mx.array, masks: mx.array | None = None
+    ) -> Choice:
+        """Choose for the rows of logits (k+1, V) that follow `text`, as long as the choice equals the draft.
+
+        `masks` (k+1, V / 32 or more) are of tokens that a grammar allows, whatever processors made of them.
+        """
         rows: list[mx.array] = []
         tokens: list[int] = []
         so_far = mx.array(text, mx.int32)
@@ -146,7 +168,7 @@ class Callables:
             row = logits[j : j + 1]
             for processor in self.processors:
                 row = processor(so_far, row)
-            rows.append(normalise(row))
+            rows.append(normalise(masked(row, None if masks is None else masks[j : j + 1])))
             tokens.append(self._draw(rows[-1], seed, len(text) + j))
             if tokens[-1] != drafted or drafted in self.stops:
                 break

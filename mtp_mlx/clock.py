@@ -23,6 +23,7 @@ class Clock:
         self._split = split
         self._began = time.perf_counter()
         self._phases: list[float] = []
+        self._paused = 0.0
 
     def wait(self, *arrays: Any, needed: bool = False) -> None:
         """The end of a phase; a round that is split waits for it, others only where it is needed."""
@@ -35,6 +36,12 @@ class Clock:
         mx.eval(arrays)
         self._phases.append(time.perf_counter() - began)
 
+    def pause(self, *arrays: Any) -> None:
+        """Wait within a phase: the time is not the host's, but of none of the phases either."""
+        began = time.perf_counter()
+        mx.eval(arrays)
+        self._paused += time.perf_counter() - began
+
     def times(self) -> Times:
         total = time.perf_counter() - self._began
-        return Times(total, total - sum(self._phases), *(self._phases if self._split else (None,) * 3))
+        return Times(total, total - self._paused - sum(self._phases), *(self._phases if self._split else (None,) * 3))

@@ -4,7 +4,7 @@ Plain decoding is the same loop with nothing drafted. A round is built lazily an
 """
 
 from collections.abc import Callable, Hashable, Iterator
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import mlx.core as mx
 
@@ -14,9 +14,12 @@ from mtp_mlx.choosing import Callables, Choice, Context, Rules, read
 from mtp_mlx.clock import Clock, Times
 from mtp_mlx.copying import Copies
 from mtp_mlx.depth import Depth, Outcome
-from mtp_mlx.errors import MTPError
+from mtp_mlx.errors import MTPError, RequestError
 from mtp_mlx.programs import Step
 from mtp_mlx.types import Draft, Drafter, Pair, Span, Target
+
+if TYPE_CHECKING:
+    from mtp_mlx.grammar import GrammarState
 
 Progress = Callable[[int, int], None]  # prompt tokens read so far, all prompt tokens
 
@@ -67,6 +70,7 @@ class Sequence:
         self.cache = pair.make_cache()
         self.state = pair.drafter.start(self.cache)
         self.text: list[int] = []
+        self.grammar: GrammarState | None = None  # what the next text has to be; set before its first round
         self.ready = False  # whether the drafter has been told of the token before the newest one
         self._block: _Block | None = None
         self._untold: list[tuple[mx.array, mx.array]] = []  # tokens and hiddens that the drafter has yet to learn of
@@ -123,10 +127,9 @@ class Sequence:
         hidden, choice = self._verify(block, draft, clock)
 
         if not choice.sound:
-            raise MTPError(
-                f"the model's logits after {self.length} tokens are not finite; the checkpoint or its "
-                "quantisation is damaged, or a penalty or bias is out of all proportion"
-            )
+            raise self._unsound()
+        if self.grammar is not None:
+            self.grammar.advance(choice.tokens)
         kept, k = len(choice.tokens), draft.tokens.shape[1]
         self._block = _Block(block, hidden, None, kept)
         self.text += choice.tokens
@@ -154,15 +157,48 @@ class Sequence:
 
     def _verify(self, block: mx.array, draft: Draft, clock: Clock) -> tuple[mx.array, Choice]:
         """The hidden of every row, (B, k+1, D), and the target's choice; this is where the host waits and reads."""
-        if isinstance(self.chooser, Callables):
-            logits, hidden = self._run(steps.forward, self.pair.target, None, block)
-            clock.evaluate(logits, hidden, draft.tokens, self.cache.arrays(), self.state)
-            drafted = cast(list[int], draft.tokens[0].tolist())
-            return hidden, self.chooser.choose(self.seed, self.text, drafted, logits[0])
+        bound = self.grammar is not None and not self.grammar.free
+        if isinstance(self.chooser, Callables) or bound:
+            return self._verify_apart(block, draft, clock)
         laws = [] if draft.logprobs is None else [draft.logprobs]
         report, logprobs, hidden = self._run(steps.judge, self.pair.target, self.chooser, block, laws, self._context())
         clock.evaluate(report, logprobs, hidden, self.cache.arrays(), self.state)
         return hidden, read(report, logprobs)
+
+    def _verify_apart(self, block: mx.array, draft: Draft, clock: Clock) -> tuple[mx.array, Choice]:
+        """The same where the host has a say in the choice: it looks at the drafts while the target reads them."""
+        mx.async_eval(draft.tokens)  # by itself, or its end would be the target's
+        logits, hidden = self._run(steps.forward, self.pair.target, None, block)
+        masks = self._masks(draft.tokens, (logits, hidden, self.cache.arrays(), self.state), clock)
+        if isinstance(self.chooser, Callables):
+            clock.evaluate(logits, hidden, draft.tokens, self.cache.arrays(), self.state)
+            drafted = cast(list[int], draft.tokens[0].tolist())
+            rows = None if masks is None else masks[0]
+            return hidden, self.chooser.choose(self.seed, self.text, drafted, logits[0], rows)
+        laws = [] if draft.logprobs is None else [draft.logprobs]
+        arrays = (logits, block, laws, self._context(), [] if masks is None else [masks])
+        report, logprobs = self._run(steps.decide, self.pair.target, self.chooser, *arrays)
+        clock.evaluate(report, logprobs, hidden, self.cache.arrays(), self.state)
+        return hidden, read(report, logprobs)
+
+    def _masks(self, drafts: mx.array, pending: Any, clock: Clock) -> mx.array | None:
+        """What the grammar allows at every row, computed while the device works on `pending`."""
+        if self.grammar is None or self.grammar.free:
+            return None
+        mx.async_eval(pending)
+        clock.pause(drafts)
+        return self.grammar.masks(cast(list[int], drafts[0].tolist()))
+
+    def _unsound(self) -> MTPError:
+        if self.grammar is not None and not self.grammar.free:
+            return RequestError(
+                f"after {self.length} tokens the grammar leaves nothing that can be chosen; it may lead to a dead end, "
+                "or a bias forbids what it asks for"
+            )
+        return MTPError(
+            f"the model's logits after {self.length} tokens are not finite; the checkpoint or its "
+            "quantisation is damaged, or a penalty or bias is out of all proportion"
+        )
 
     def commit(self, tell: bool = True) -> None:
         """Keep what is right of the newest block, in the target's cache and in the drafter's state.

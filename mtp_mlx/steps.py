@@ -34,6 +34,21 @@ def judge(
     return [*verdict(rules, Context(*context), Draft(block[:, 1:], *laws), block, start, logits), hidden]
 
 
+def decide(
+    target: Target,
+    cache: Cache,
+    rules: Rules,
+    logits: mx.array,
+    block: mx.array,
+    laws: list[mx.array],
+    context: Context,
+    masks: list[mx.array],
+) -> list[mx.array]:
+    """The choice of `judge` by itself, for rows that the target has read and of which tokens may be masked."""
+    draft = Draft(block[:, 1:], *laws)
+    return list(verdict(rules, Context(*context), draft, block, cache.position, logits, *masks))
+
+
 def keep(
     drafter: Drafter,
     cache: Cache,
