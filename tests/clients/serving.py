@@ -137,7 +137,7 @@ class Scripted(Engine):
 
     def __init__(self, loaded: Loaded, family: Family, script: Script):
         self.words, self.family, self.script = loaded.tokenizer, family, script
-        super().__init__(loaded.pair, loaded.tokenizer, Prefixes(loaded.pair, CACHE))
+        super().__init__(loaded.pair, loaded.tokenizer, Prefixes(loaded.pair, CACHE, near=8))
 
     def stream(self, request: Request) -> Stream:
         turn = self.script(_asked.get().body)
@@ -180,7 +180,7 @@ def scripted(family: Family, script: Script, skims: bool = False) -> Iterator[Pl
 def unscripted(model: str = DEMO, key: str | None = None) -> Iterator[Place]:
     """A server with a model that speaks for itself."""
     loaded = load_pair(model)
-    engine = Engine(loaded.pair, loaded.tokenizer, Prefixes(loaded.pair, CACHE))
+    engine = Engine(loaded.pair, loaded.tokenizer, Prefixes(loaded.pair, CACHE, near=8))
     with _serving(loaded, engine, Access(key=key)) as place:
         yield place
 
