@@ -257,5 +257,5 @@ def _version(agent: Agent) -> str:
     told = subprocess.run(
         [program, "--version"], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=False
     )
-    words = [word for word in told.stdout.split() if word[0].isdigit()]
+    words = [word for word in (told.stdout + told.stderr).split() if word[0].isdigit()]
     return words[0] if words else "?"
