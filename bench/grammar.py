@@ -4,9 +4,9 @@
 
 `rounds`: one text is written twice in turns, a round with a grammar that allows what the model writes anyway, then one
 without; milliseconds are medians of repeats' medians, `ratio` is of these. `masks` are those of a block of depth + 1
-rows along JSON by a schema, with the model's own vocabulary and a byte-level one of made-up words; microseconds, of which
-the device hides those that it takes longer itself. `forced` counts at how many places of that text only one token
-may follow.
+rows along JSON by a schema, with the model's own vocabulary and with a byte-level one of made-up words; microseconds,
+of which the device hides those that it takes longer itself. `forced` counts at how many places of that text only one
+token may follow.
 """
 
 import json

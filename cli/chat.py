@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from typing import Annotated
 
 import typer
@@ -20,14 +21,17 @@ from mtp_mlx.cli.options import (
     parse_depth,
     parse_prompt_cache,
 )
+from mtp_mlx.conversation import Conversations
+from mtp_mlx.dialects import find_dialect
 from mtp_mlx.engine import Engine, Piece, Request
 from mtp_mlx.errors import MTPError, RequestError
-from mtp_mlx.generate import check_text, rendered
+from mtp_mlx.generate import check_text
 from mtp_mlx.hub import DEMO
 from mtp_mlx.loading import Loaded
 from mtp_mlx.options import Options
 from mtp_mlx.prefixes import Prefixes
 from mtp_mlx.sampling import choose_sampler
+from mtp_mlx.speech import Content, Event, Parser, Reasoning
 
 HELP = """\
 /clear   forget the conversation     /stats   figures of the last answer
@@ -51,6 +55,9 @@ def command(
     min_p: Annotated[float, typer.Option(help="Drop tokens below this share of the best one's; 0 is off.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="Sample from this many tokens; 0 is off.")] = 0,
     seed: Annotated[int | None, typer.Option(help="Seed of the sampling, the same for every answer.")] = None,
+    think: Annotated[
+        bool | None, typer.Option("--think/--no-think", help="Let a model reason before it answers, or not.")
+    ] = None,
     dtype: Dtype = "auto",
     drafter_bits: DrafterBits = "auto",
     kv_bits: KvBits = "none",
@@ -70,16 +77,27 @@ def command(
         if verbose or (drafter == "auto" and not loaded.expected):
             note(f"drafter: {loaded.drafter or 'none'} ({loaded.drafter_reason})")
         notes.show()
-        Conversation(loaded, system, options, cached, notes).run()
+        Conversation(loaded, system, think, options, cached, notes).run()
 
 
 class Conversation:
     """What was said, and the engine that answers."""
 
-    def __init__(self, loaded: Loaded, system: str | None, options: Options, cached: int, notes: Notes):
-        self._loaded, self._options, self._notes = loaded, options, notes
+    def __init__(
+        self,
+        loaded: Loaded,
+        system: str | None,
+        thinking: bool | None,
+        options: Options,
+        cached: int,
+        notes: Notes,
+    ):
+        self._loaded, self._thinking, self._notes = loaded, thinking, notes
         self._begin = [{"role": "system", "content": system}] if system else []
         self._said = list(self._begin)
+        self._dialect = find_dialect(loaded.tokenizer.get_vocab())
+        self._options = replace(options, stops=self._dialect.stops)
+        self._conversations = Conversations(loaded.tokenizer, self._dialect)
         self._engine = Engine(loaded.pair, loaded.tokenizer, Prefixes(loaded.pair, cached))
         self._last: Piece | None = None
 
@@ -111,19 +129,53 @@ class Conversation:
     def _answer(self, line: str) -> None:
         check_text(line)
         asked = [*self._said, {"role": "user", "content": line}]
-        stream = self._engine.stream(Request(rendered(self._loaded.tokenizer, asked), self._options))
-        writer, text = Writer(show_drafts=False), ""
+        prompt = self._conversations.prompt(asked, thinking=self._thinking)
+        stream = self._engine.stream(Request(prompt.ids, self._options, marks=prompt.marks))
+        answer = Answer(Parser(self._dialect, tools={}, starts_thinking=prompt.starts_thinking))
         with Progress() as progress, suppress(KeyboardInterrupt):
             for event in stream:
                 if isinstance(event, Piece):
-                    writer.write(event.text, "plain")
-                    text, self._last = text + event.text, event
+                    answer.take(event)
+                    self._last = event
                 else:
                     progress(event.done, event.total)
         stream.close()
-        writer.finish()
+        answer.finish()
         self._notes.show()
-        self._said = [*asked, {"role": "assistant", "content": text}]
+        self._conversations.remember([*prompt.ids, *answer.ids])
+        self._said = [*asked, answer.message()]
+
+
+class Answer:
+    """Shows what the model says, its thoughts paler, and keeps it for the next turn."""
+
+    def __init__(self, parser: Parser):
+        self.ids: list[int] = []
+        self._parser = parser
+        self._writer = Writer(show_drafts=False)
+        self._texts: dict[type[Event], str] = {Content: "", Reasoning: ""}
+
+    def take(self, piece: Piece) -> None:
+        for token in piece.tokens:
+            self.ids.append(token.id)
+            self._say(self._parser.feed(token.id, token.text))
+
+    def finish(self) -> None:
+        self._say(self._parser.finish("stop"))
+        self._writer.finish()
+
+    def message(self) -> dict[str, str]:
+        """The answer as a message of the conversation."""
+        thoughts = {"reasoning_content": self._texts[Reasoning]} if self._texts[Reasoning] else {}
+        return {"role": "assistant", "content": self._texts[Content], **thoughts}
+
+    def _say(self, events: list[Event]) -> None:
+        for event in events:
+            assert isinstance(event, Content | Reasoning), "without tools nothing is a call"
+            if isinstance(event, Content) and self._texts[Reasoning] and not self._texts[Content]:
+                self._writer.write("\n\n", pale=True)
+            self._writer.write(event.text, pale=isinstance(event, Reasoning))
+            self._texts[type(event)] += event.text
 
 
 def _lines() -> Iterator[str]:

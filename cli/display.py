@@ -27,6 +27,7 @@ STYLES: dict[Origin, Style] = {
     "correction": Style(color="red"),
     "bonus": Style(color="blue"),
 }
+PALE = Style(dim=True)
 
 _stderr = Console(stderr=True, highlight=False)
 
@@ -151,15 +152,16 @@ class Writer:
 
     def __init__(self, show_drafts: bool):
         console = Console()
-        self._coloured = show_drafts and console.color_system is not None and not console.no_color
+        self._show_drafts = show_drafts
+        self._coloured = console.color_system is not None and not console.no_color
         self._at_line_start = True
 
-    def write(self, text: str, origin: Origin) -> None:
+    def write(self, text: str, origin: Origin = "plain", *, pale: bool = False) -> None:
         if not text:
             return
         self._at_line_start = text.endswith("\n")
-        if self._coloured:
-            text = STYLES[origin].render(text, color_system=ColorSystem.STANDARD)
+        if self._coloured and (pale or self._show_drafts):
+            text = (PALE if pale else STYLES[origin]).render(text, color_system=ColorSystem.STANDARD)
         sys.stdout.write(text)
         sys.stdout.flush()
 

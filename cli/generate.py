@@ -12,11 +12,11 @@ import typer
 from mtp_mlx.choosing import Drafts
 from mtp_mlx.cli.display import Notes, Progress, Writer, note, stats_table, versions
 from mtp_mlx.cli.options import Adapter, Drafter, DrafterBits, Dtype, KvBits, Model, Parts, parse_depth
+from mtp_mlx.conversation import in_chat_template
 from mtp_mlx.errors import RequestError
 from mtp_mlx.generate import (
     Response,
     check_text,
-    in_chat_template,
     stream_generate,
 )
 from mtp_mlx.hub import DEMO, DEMOS

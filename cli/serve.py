@@ -98,6 +98,7 @@ def command(
         _report(log_level)
         engine = Engine(loaded.pair, loaded.tokenizer, Prefixes(loaded.pair, cached), slots=parallel)
         service = Service.of(loaded, engine, slots=parallel, names=tuple(name or ()), context=ctx, defaults=defaults)
+        bound.listen()  # who comes at once is answered as soon as the application is made
         _announce(loaded, service, bound, key if key and not (api_key or api_key_file) else None)
         _run(service, access, bound)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mtp_mlx.dialects import Dialect
+from mtp_mlx.dialects import Dialect, find_dialect
 from mtp_mlx.errors import CheckpointError, RequestError
 from mtp_mlx.marks import Mark
 from mtp_mlx.messages import Message, read_messages, read_tools
@@ -167,8 +167,7 @@ class Conversations:
             others.append(([*messages[: users[-1]], _other(messages, users[-1])], True))
         if users and users[-1] < len(messages) - 1:
             others.append((messages[: users[-1] + 1], False))
-        if not talk.continued:
-            others.append((messages, False))
+        others.append((messages, False))
         for other, asks in others:
             try:
                 yield _shared(text, self._template.render(other, talk.tools, talk.options, asks=asks))
@@ -190,6 +189,17 @@ class Conversations:
         else:
             return False
         return rest.strip() in ("", self._dialect.title.strip())
+
+
+def in_chat_template(tokenizer: TokenizerWrapper, prompt: str) -> str | list[int]:
+    """A prompt as a chat model expects a user's turn; as it is, if the model has no chat template.
+
+    Raises CheckpointError for a template that fails.
+    """
+    if not tokenizer.has_chat_template or not prompt:
+        return prompt
+    conversations = Conversations(tokenizer, find_dialect(tokenizer.get_vocab()))
+    return conversations.prompt([{"role": "user", "content": prompt}]).ids
 
 
 def _options(thinking: bool | None, effort: str | None, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -27,6 +27,8 @@ WAITING = 16  # requests that may wait for their turn; beyond, they are refused
 CHUNK = 512  # tokens of a slice of reading
 ROUNDS = 4  # of a slice of writing
 AHEAD = 256  # events that a slow reader may leave unread before its request rests
+SETTLED = 2.0  # seconds without a request after which the prompt cache is written to disk
+FLUSH = 0.05  # seconds of writing after which a newcomer is looked for
 REST = 0.01  # seconds to wait where every request rests
 
 _log = logging.getLogger(__name__)
@@ -99,6 +101,7 @@ class Engine:
         self._live: deque[_Job] = deque()
         self._changed = threading.Condition()  # of `_waiting` and `_closed`
         self._closed = False
+        self._usage = prefixes.usage if prefixes else None  # the cache itself belongs to the thread
         self._thread = threading.Thread(target=self._work, name="mtp-mlx engine", daemon=True)
         self._thread.start()
 
@@ -125,8 +128,8 @@ class Engine:
 
     @property
     def usage(self) -> Usage | None:
-        """What the prompt cache has been good for, if there is one."""
-        return self._prefixes.usage if self._prefixes else None
+        """What the prompt cache has been good for when the latest request ended, if there is one."""
+        return self._usage
 
     def close(self, timeout: float | None = None) -> None:
         """Cancel all requests and end the thread; whoever still reads gets a BusyError."""
@@ -140,13 +143,17 @@ class Engine:
             while not self._closed:
                 self._admit()
                 if not self._live:
-                    self._wait(None)
+                    self._idle()
                 elif all(job.rests for job in self._live):
                     self._wait(REST)
                 else:
                     self._slice()
         for job in (*self._live, *self._waiting):
             job.fail(BusyError("the engine was closed"))
+        if self._prefixes:
+            self._prefixes.close()
+        # A stream of a thread that has ended aborts the program at its exit, if an array still knows it.
+        mx.clear_streams()
 
     def _slice(self) -> None:
         """Give the next request its turn."""
@@ -155,6 +162,10 @@ class Engine:
             self._live.rotate(-1)
         else:
             self._live.popleft()
+            self._count()
+
+    def _count(self) -> None:
+        self._usage = self._prefixes.usage if self._prefixes else None
 
     def _admit(self) -> None:
         """Newcomers have the next turn, behind those who have left: what was read for them may be of use."""
@@ -164,10 +175,18 @@ class Engine:
         while self._waiting and len(self._live) < self._slots:
             self._live.appendleft(self._waiting.popleft())
 
+    def _idle(self) -> None:
+        """Wait for somebody; what is to outlive the program is written once nobody has come for a while."""
+        self._wait(SETTLED)
+        while not self._waiting and not self._closed and self._prefixes and self._prefixes.flush(FLUSH):
+            pass
+        self._count()
+        self._wait(None)
+
     def _wait(self, seconds: float | None) -> None:
         """Until somebody asks, or the engine is closed."""
         with self._changed:
-            if not self._closed and (seconds or not self._waiting):
+            if not self._closed and not (self._waiting and len(self._live) < self._slots):
                 self._changed.wait(seconds)
 
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple, cast
 
 import mlx.core as mx
-from jinja2 import TemplateError
 from mlx_lm.generate import GenerationResponse
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import maybe_set_recommended_wired_limit
@@ -18,7 +17,7 @@ from mtp_mlx.admission import admit
 from mtp_mlx.choosing import Callables, Drafts, Rules
 from mtp_mlx.copying import Copies
 from mtp_mlx.depth import Depth, choose_depth
-from mtp_mlx.errors import CheckpointError, RequestError
+from mtp_mlx.errors import RequestError
 from mtp_mlx.ngram import NOBODY
 from mtp_mlx.options import DEFAULT_MAX_TOKENS, DEFAULT_PREFILL_STEP, Options, Prompt
 from mtp_mlx.penalties import Penalties
@@ -135,6 +134,8 @@ def generation(
     chooser = _chooser(pair, tokenizer, options)
     mx.reset_peak_memory()
     with _policy(pair, options) as policy, prefixes.open(ids, chooser, seed) as text:
+        if options.grammar:
+            text.sequence.grammar = options.grammar.start(thinking=options.thinking, frees=options.frees)
         yield Progress(text.cached, len(ids), text.cached)
         for done in text.read(options.prefill_step_size, marks):
             yield Progress(done, len(ids), text.cached)
@@ -327,28 +328,6 @@ def encode(tokenizer: TokenizerWrapper, prompt: Prompt, special: bool = True) ->
         ids: list[int] = tokenizer.encode(prompt, add_special_tokens=special and bare) if prompt else []
         return ids
     return prompt
-
-
-def in_chat_template(tokenizer: TokenizerWrapper, prompt: str) -> str | list[int]:
-    """A prompt as a chat model expects a user's turn; as it is, if the model has no chat template.
-
-    Raises CheckpointError for a template that fails.
-    """
-    if not tokenizer.has_chat_template or not prompt:
-        return prompt
-    return rendered(tokenizer, [{"role": "user", "content": prompt}])
-
-
-def rendered(tokenizer: TokenizerWrapper, messages: list[dict[str, str]]) -> list[int]:
-    """Token ids of a conversation in the model's chat template, up to where the model is to answer.
-
-    Raises CheckpointError for a template that fails.
-    """
-    try:
-        ids: list[int] = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-    except (TemplateError, TypeError, ValueError) as error:
-        raise CheckpointError(f"the model's chat template fails ({error}); try --ignore-chat-template") from error
-    return ids
 
 
 def check_text(prompt: str) -> None:

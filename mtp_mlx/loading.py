@@ -6,7 +6,7 @@ The only module that knows architectures by name. A new one is a file in models/
 import logging
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -43,6 +43,8 @@ class Loaded:
     drafter_reason: str  # why this drafter, or why none
     adapter: str | None = None  # the fine-tune that was put onto the target, and what it is
     expected: bool = True  # the drafter was named, or is a part of the target; another choice is news to the user
+    places: tuple[Path, ...] = ()  # folders, or a drafter's file, that all of it was read from
+    networks: tuple[nn.Module, ...] = ()  # all weights: the target's, and the drafter's own
 
 
 def _gemma4_target(checkpoint: Checkpoint, dtype: mx.Dtype | None) -> gemma4.Model:
@@ -230,8 +232,9 @@ def load_pair(
     build = _TARGETS[checkpoint.model_type]
     choice = choose(model, checkpoint, drafter)
     # Before the target, which may take minutes: a mistyped drafter should be known at once.
-    chosen, reason, build_drafter = _drafter(choice, checkpoint)
-    added = None if adapter is None else find(adapter)
+    locate = cache(find)
+    chosen, reason, build_drafter = _drafter(choice, checkpoint, locate)
+    added = None if adapter is None else locate(adapter)
     target = build(checkpoint, dtype)
     tuned = None if added is None else f"{adapter}: {adapters.apply(_module(target), added)}"
     _check_kv(target, kv_bits)
@@ -240,10 +243,19 @@ def load_pair(
         chosen, reason = None, failure
     reason += _narrowed(built, target, drafter_bits)
     network = _network_of(built)
-    if network is not None:
-        mx.eval(_module(network).parameters())
+    networks = [_module(target), *([] if network is None else [_module(network)])]
+    mx.eval([part.parameters() for part in networks])
+    places = [checkpoint.folder, *(locate(name) for name in (chosen, adapter) if name is not None)]
     return Loaded(
-        Pair(target, built, kv_bits=kv_bits), _tokenizer(checkpoint), model, chosen, reason, tuned, choice.own
+        Pair(target, built, kv_bits=kv_bits),
+        _tokenizer(checkpoint),
+        model,
+        chosen,
+        reason,
+        tuned,
+        choice.own,
+        tuple(places),
+        tuple(networks),
     )
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from mtp_mlx.choosing import Drafts
+from mtp_mlx.grammar import Grammar
 from mtp_mlx.penalties import Penalties
 from mtp_mlx.sampling import Sampler
 
@@ -30,3 +31,6 @@ class Options:
     prediction: Prompt | None = None
     prefill_step_size: int = DEFAULT_PREFILL_STEP
     stops: frozenset[int] = frozenset()  # tokens that end the text besides the tokenizer's own
+    grammar: Grammar | None = None  # what the answer has to be
+    thinking: bool = False  # whether the prompt ends within reasoning, whose end the grammar awaits
+    frees: frozenset[int] = frozenset()  # tokens that an answer may begin with instead, behind which anything goes

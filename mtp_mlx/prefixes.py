@@ -3,21 +3,28 @@
 Snapshots stand in a trie of their tokens. A text goes on from the longest one that it begins with, and leaves snapshots
 where others may go on: at the end of its prompt, where a caller marks the end of a message, where it has left the
 way of earlier texts, every few thousand tokens, and wherever it ends or is broken off.
+
+With a store they are on disk too, but for waypoints that have been of no use: those are many and large, and there on
+the off-chance. Nothing is written while a request waits, only when `flush` is called.
 """
 
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Self
 
 from mtp_mlx.choosing import Callables, Rules
 from mtp_mlx.rounds import Sequence
-from mtp_mlx.snapshots import Snapshot, outline, restore
+from mtp_mlx.snapshots import Snapshot, blank, outline, restore
+from mtp_mlx.store import Store
 from mtp_mlx.trie import Trie
 from mtp_mlx.types import Pair
 
 EVERY = 4096  # tokens of a prompt between two waypoints, or a power of two as many
 WAYPOINTS = 8  # on one prompt at most: each may take hundreds of megabytes, however few tokens lie between
 NEAR = 64  # tokens that are read again in less time than a snapshot is worth
+FAR = 4  # times as many must be saved for a snapshot to be loaded from disk
+LAST = 10.0  # seconds for writing when the program ends
 
 
 class Usage(NamedTuple):
@@ -30,12 +37,23 @@ class Usage(NamedTuple):
     evicted: int = 0  # snapshots
     snapshots: int = 0  # held now
     nbytes: int = 0  # held now
+    disk_hits: int = 0  # of the hits, those for which a snapshot was loaded from disk
+    disk_nbytes: int = 0  # on disk now
+    disk_discarded: int = 0  # texts on disk that were damaged or not ours
 
 
 @dataclass(eq=False)
 class _Entry:
     snapshot: Snapshot
     waypoint: bool  # nothing ends here; it is held as long as there is room for it
+    saved: bool = False  # it is on disk, or was and had to go, or does not go there
+
+
+class _Write(NamedTuple):
+    """What is being written to disk."""
+
+    entry: _Entry
+    slices: Generator[None, None, None]
 
 
 class Prefixes:
@@ -43,11 +61,13 @@ class Prefixes:
 
     All of it belongs to the thread that runs the pair. `every` is the distance of waypoints, `near` how many tokens
     must have been read since the last snapshot for another one to be taken, at least 1. What texts hold while they
-    are read and written is not counted.
+    are read and written is not counted. `store` is where snapshots are kept for the time after a restart.
     """
 
-    def __init__(self, pair: Pair, budget: int, every: int = EVERY, near: int = NEAR):
+    def __init__(self, pair: Pair, budget: int, every: int = EVERY, near: int = NEAR, store: Store | None = None):
         self.pair, self.budget, self.every, self.near = pair, budget, every, near
+        self._disk = store
+        self._write: _Write | None = None
         self._trie = Trie[_Entry]()
         self._entries: list[_Entry] = []  # the one that was used last stands last
         self._texts: list[Text] = []  # that are being read or written
@@ -60,7 +80,10 @@ class Prefixes:
 
     @property
     def usage(self) -> Usage:
-        return self._usage._replace(snapshots=len(self._entries), nbytes=self.nbytes)
+        usage = self._usage._replace(snapshots=len(self._entries), nbytes=self.nbytes)
+        if self._disk:
+            usage = usage._replace(disk_nbytes=self._disk.nbytes, disk_discarded=self._disk.discarded)
+        return usage
 
     def open(self, prompt: list[int], chooser: Rules | Callables, seed: int = 0) -> "Text":
         """A text that begins with as much of a prompt as is stored; its last token is always read again.
@@ -71,6 +94,11 @@ class Prefixes:
         entry, snapshot = value, value.snapshot if value else None
         if beyond and beyond.snapshot.cuttable and agreeing > (snapshot.length if snapshot else 0):
             entry, snapshot = beyond, beyond.snapshot.until(agreeing)
+        if self._disk:
+            agreeing = max(agreeing, self._disk.match(prompt[:-1]).length)
+            loaded = self._load(self._disk, prompt[:-1], snapshot.length if snapshot else 0)
+            if loaded:
+                entry, snapshot = self._take_in(loaded), loaded
         if entry:
             self._touch(entry)
             entry.waypoint = False
@@ -80,12 +108,68 @@ class Prefixes:
         self._count(text)
         return text
 
+    def flush(self, seconds: float) -> bool:
+        """Write to disk what is not there yet, for about so long and a slice at least; whether more is left.
+
+        The newest comes first. What is evicted before its turn is not written.
+        """
+        end = time.monotonic() + seconds
+        while self._disk and (write := self._write or self._next(self._disk)):
+            try:
+                next(write.slices)
+                self._write = write
+            except StopIteration:
+                self._write, write.entry.saved = None, True
+            if time.monotonic() >= end:
+                break
+        return self._disk is not None and (self._write is not None or self._unsaved() is not None)
+
+    def close(self) -> None:
+        """Write what there is time for, and let go of the store. Texts may still be read, from memory."""
+        self.flush(LAST)
+        self._stop_writing()
+        if self._disk:
+            self._disk.close()
+            self._disk = None
+
+    def _unsaved(self) -> _Entry | None:
+        return next((entry for entry in reversed(self._entries) if not (entry.saved or entry.waypoint)), None)
+
+    def _next(self, disk: Store) -> _Write | None:
+        """Begin to write an entry."""
+        while entry := self._unsaved():
+            snapshot = entry.snapshot
+            # What a draft model has not read yet makes shapes that cannot be foreseen, so could not be checked.
+            if not disk.holds(snapshot.tokens) and snapshot.is_like(blank(self.pair, snapshot.length)):
+                return _Write(entry, disk.save(snapshot))
+            entry.saved = True
+        return None
+
+    def _stop_writing(self) -> None:
+        if self._write:
+            self._write.slices.close()
+            self._write = None
+
+    def _load(self, disk: Store, text: list[int], known: int) -> Snapshot | None:
+        """What is on disk of a text, if that is so much more than what is known that it is worth the time."""
+        while (found := disk.match(text).value) and found.length >= known + FAR * self.near:
+            snapshot = disk.load(found, blank(self.pair, found.length))
+            if snapshot:
+                return snapshot
+        return None
+
+    def _take_in(self, snapshot: Snapshot) -> _Entry | None:
+        """Hold what was loaded, if there is room; otherwise one text alone goes on from it."""
+        self._usage = self._usage._replace(disk_hits=self._usage.disk_hits + 1)
+        entry = _Entry(snapshot, waypoint=False, saved=True)
+        return entry if self._add(entry) else None
+
     def _count(self, text: "Text") -> None:
         texts, hits, tokens, saved, *rest = self._usage
         hits += text.cached > 0
         self._usage = Usage(texts + 1, hits, tokens + len(text.prompt), saved + text.cached, *rest)
 
-    def close(self, text: "Text") -> None:
+    def leave(self, text: "Text") -> None:
         """A text is not read or written any more."""
         self._texts.remove(text)
 
@@ -100,16 +184,24 @@ class Prefixes:
             entry.waypoint &= waypoint
         else:
             entry = _Entry(outline(text.sequence, text.base), waypoint)
-            if not self._make_room(entry, text):
+            if not self._add(entry, text):
                 return
-            entry.snapshot.compute()
-            self._entries.append(entry)
-            self._trie.put(entry.snapshot.tokens, entry)
         text.entry, text.base = entry, entry.snapshot
+
+    def _add(self, entry: _Entry, text: "Text | None" = None) -> bool:
+        """Hold an entry, if there is room for it."""
+        if not self._make_room(entry, text):
+            return False
+        entry.snapshot.compute()
+        self._entries.append(entry)
+        self._trie.put(entry.snapshot.tokens, entry)
+        return True
 
     def _touch(self, entry: _Entry) -> None:
         self._entries.remove(entry)
         self._entries.append(entry)
+        if self._disk and entry.saved:
+            self._disk.touch(entry.snapshot.tokens)
 
     def release(self, nbytes: int) -> None:
         """Evict so many bytes, or all that nobody uses: a text needs them for itself."""
@@ -120,7 +212,7 @@ class Prefixes:
                 return
             self._evict([victim])
 
-    def _make_room(self, entry: _Entry, text: "Text") -> bool:
+    def _make_room(self, entry: _Entry, text: "Text | None") -> bool:
         """Evict what has to go for an entry of a text; nothing where that would not be enough."""
         rest, victims = self._entries.copy(), list[_Entry]()
         for victim in self._victims(entry, text):
@@ -134,12 +226,14 @@ class Prefixes:
         return True
 
     def _evict(self, victims: list[_Entry]) -> None:
+        if self._write and self._write.entry in victims:
+            self._stop_writing()
         for victim in victims:
             self._trie.remove(victim.snapshot.tokens)
             self._entries.remove(victim)
         self._usage = self._usage._replace(evicted=self._usage.evicted + len(victims))
 
-    def _victims(self, entry: _Entry, text: "Text") -> list[_Entry]:
+    def _victims(self, entry: _Entry, text: "Text | None") -> list[_Entry]:
         """What may be evicted: waypoints, then others, each beginning with what was not used for longest.
 
         What other texts that are being read or written go on from stays; this one will go on from its new entry.
@@ -213,7 +307,7 @@ class Text:
             if kind is None or not issubclass(kind, Exception):
                 self.keep()
         finally:
-            self._prefixes.close(self)
+            self._prefixes.leave(self)
 
 
 def _sequence(

@@ -62,8 +62,8 @@ class Replay:
         if self._backend is None:
             return Encoded(self._tokenizer.encode(text, add_special_tokens=special))
         head, tail = (self._head, self._tail) if special else ([], [])
+        read = self._read(text)
         with self._lock:
-            read = self._read(text)
             if self._runs.nbytes:
                 read = self._replayed(text, read, head)
         shift = len(head)
@@ -75,15 +75,18 @@ class Replay:
         if self._backend is None:
             return
         ids, text = list(ids), self._decode(ids)
+        read = self._read(text)
+        if read.ids == ids:
+            return
+        found = [
+            (before, run)
+            for before, whole in _differing(ids, self._borders_of(ids, text), text, read)
+            for run in (whole, self._trimmed(whole))
+            if run is not None
+        ]
         with self._lock:
-            read = self._read(text)
-            if read.ids == ids:
-                return
-            mine = self._borders_of(ids, text)
-            for before, run in _differing(ids, mine, text, read):
+            for before, run in found:
                 self._runs.put(before, run)
-                if (shorter := self._trimmed(run)) is not None:
-                    self._runs.put(before, shorter)
 
     def _read(self, text: str) -> Encoded:
         """What the tokenizer makes of a text."""
@@ -154,7 +157,7 @@ class Replay:
         ids = ids[:count]
         return _Run(text, array("I", ids)) if self._within(ids) == text else None
 
-    def _decode(self, ids: list[int]) -> str:
+    def _decode(self, ids: Sequence[int]) -> str:
         text: str = self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return text
 

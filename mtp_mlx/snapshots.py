@@ -7,6 +7,7 @@ are right at one place only and are held whole. Nothing of it lies in a buffer t
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, cast
 
 import mlx.core as mx
@@ -15,7 +16,7 @@ from mlx.utils import tree_flatten, tree_map
 from mtp_mlx.cache import MAX_BLOCK
 from mtp_mlx.choosing import Callables, Rules
 from mtp_mlx.rounds import Sequence
-from mtp_mlx.types import Held, Pair, State
+from mtp_mlx.types import Held, Pair, Span, State
 
 # The last rows of a text may be written once more by whoever goes on: Qwen's head pairs a token with the one after it,
 # a draft model reads its newest block late. So a part begins so many tokens before the end of the one before it.
@@ -85,6 +86,20 @@ class Snapshot:
             return Held(rows[0], self.whole)
         return Held(cast(list[Any], tree_map(_joined, *rows)), self.whole)
 
+    def is_like(self, blank: "Snapshot") -> bool:
+        """Whether every array has the shape and dtype that it would have if the text had been read at once."""
+        starts = [part.start for part in self.parts]
+        ends = [*starts[1:], blank.length]
+        return (
+            self.length == blank.length
+            and starts[:1] == [0]
+            and all(start < end for start, end in pairwise([*starts, blank.length]))
+            and all(_reach(part, end, blank.parts[0]) for part, end in zip(self.parts, ends, strict=True))
+            and _shapes(self.whole) == _shapes(blank.whole)
+            # One that is not told of a prompt knows nothing before its first round.
+            and (_shapes(list(self.state)) == _shapes(list(blank.state)) or not (self.ready or self.state))
+        )
+
 
 def take(sequence: Sequence, base: Snapshot | None = None) -> Snapshot:
     """A snapshot of a sequence that has read something, at its present length.
@@ -106,6 +121,23 @@ def outline(sequence: Sequence, base: Snapshot | None = None) -> Snapshot:
     earlier = [part for part in base.parts if part.start < start] if base else []
     rows, whole = sequence.cache.snapshot(start, end)
     return Snapshot(sequence.text[:end], (*earlier, Part(start, rows)), whole, sequence.state, sequence.ready)
+
+
+def blank(pair: Pair, length: int) -> Snapshot:
+    """A snapshot of any text of so many tokens, of which only shapes and dtypes mean anything: nothing is computed.
+
+    The pair builds what reading two tokens would be, drafter included, and the layers what they would give out after
+    all of them; nobody asks for the values. On a CPU a recurrent layer builds a step for each token: two are enough.
+    """
+    cache, read = pair.make_cache(), min(length, 2)
+    state = pair.drafter.start(cache)
+    cache.reserve(read)
+    tokens, span = mx.zeros((1, read), mx.int32), Span(0, read)
+    output = pair.target(tokens, cache, span)
+    state = pair.drafter.advance(state, cache, tokens, span, output.hidden, mx.array([read - 1]))
+    cache.commit(read)
+    rows, whole = cache.snapshot(0, length)
+    return Snapshot([0] * length, (Part(0, rows),), whole, tuple(state), True)
 
 
 def restore(
@@ -131,3 +163,19 @@ def _joined(*rows: mx.array) -> mx.array:
 
 def _bytes(arrays: list[Any]) -> int:
     return sum(array.nbytes for array in dict[str, mx.array](tree_flatten(arrays)).values())
+
+
+def _shapes(arrays: list[Any]) -> dict[str, tuple[Any, ...]]:
+    found: dict[str, mx.array] = dict(tree_flatten(arrays))
+    return {name: (array.shape, array.dtype) for name, array in found.items()}
+
+
+def _reach(part: Part, end: int, blank: Part) -> bool:
+    """Whether a part has rows like those of another one, up to `end` at least."""
+    mine, theirs = _shapes(part.rows), _shapes(blank.rows)
+    return mine.keys() == theirs.keys() and all(
+        len(shape) == 4
+        and part.start + shape[2] >= end
+        and (*shape[:2], *shape[3:], dtype) == (*other[:2], *other[3:], same)
+        for (shape, dtype), (other, same) in ((mine[name], theirs[name]) for name in mine)
+    )

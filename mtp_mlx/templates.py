@@ -46,7 +46,9 @@ class Template:
     def traits(self) -> Traits:
         """What the template takes."""
         if self._failure is not None:
-            raise CheckpointError(f"the model's chat template fails ({_line(self._failure)}); mend or replace it")
+            raise CheckpointError(
+                f"the model's chat template fails ({_line(self._failure)}); mend it, or give text to continue"
+            )
         calls = self._calls()
         return Traits(
             system=_in_order(self._tried([_say("system", _A), _say("user", _B)]), _A, _B),

@@ -15,12 +15,13 @@ from mtp_mlx.server.asking import Task
 from mtp_mlx.server.ledger import CLIENT_GONE, Account
 from mtp_mlx.server.limits import Limits
 from mtp_mlx.server.refusal import RefusedError, refusal
-from mtp_mlx.server.reply import Reply
+from mtp_mlx.server.reply import Delta, Reply
 from mtp_mlx.server.service import Service
 from mtp_mlx.server.shape import Chunk, Shape
 from mtp_mlx.server.source import Source
 
 _log = logging.getLogger(__name__)
+Told = tuple[int, Delta]
 PING = b": ping\n\n"
 _STREAM = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
 
@@ -58,13 +59,13 @@ class Answer(Response):
 
     async def _stream(self, source: Source, send: Send, account: Account) -> None:
         # What cannot be served at all is known by then, and has a status of its own.
-        chunks = self._shape.begin() + (await self._read(source, self._limits.patience) or [])
+        chunks = self._shape.begin() + self._chunks(await self._read(source, self._limits.patience) or [])
         await send({"type": "http.response.start", "status": 200, "headers": _STREAM})
         try:
             await _send(send, b"".join(map(_event, chunks)))
             while not source.ended:
                 told = await self._read(source, self._limits.ping)
-                await _send(send, PING if told is None else b"".join(map(_event, told)))
+                await _send(send, PING if told is None else b"".join(map(_event, self._chunks(told))))
             last = b"".join(map(_event, self._shape.end(self._replies)))
             await _send(send, last + (b"data: [DONE]\n\n" if self._shape.done else b""))
         except Exception as error:
@@ -72,22 +73,25 @@ class Answer(Response):
             await _send(send, _event(_failure(error, account)))
         await send({"type": "http.response.body", "body": b""})
 
-    async def _read(self, source: Source, seconds: float) -> list[Chunk] | None:
-        """Chunks of what has come; None if nothing came within so many seconds."""
+    def _chunks(self, told: Sequence[Told]) -> list[Chunk]:
+        return [chunk for number, delta in told for chunk in self._shape.add(number, delta)]
+
+    async def _read(self, source: Source, seconds: float) -> list[Told] | None:
+        """What has been said by now, each with the number of its text; None if nothing came in so many seconds."""
         events = await source.next(seconds)
-        chunks: list[Chunk] = []
+        told: list[Told] = []
         for number, event in events:
             reply = self._replies[number]
             if reply.finish:
                 continue
             delta = reply.feed(event)
             if delta:
-                chunks += self._shape.add(number, delta)
+                told.append((number, delta))
             if not reply.finish and self._is_late(reply):
-                chunks += self._shape.add(number, reply.end("length"))
+                told.append((number, reply.end("length")))
             if reply.finish:
                 source.close(number)
-        return chunks if events else None
+        return told if events else None
 
     def _is_late(self, reply: Reply) -> bool:
         limit = self._task.seconds

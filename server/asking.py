@@ -9,6 +9,7 @@ from mtp_mlx.conversation import Prompt
 from mtp_mlx.engine import Request
 from mtp_mlx.generate import check_text
 from mtp_mlx.grammar import Grammar
+from mtp_mlx.marks import Mark
 from mtp_mlx.options import Options
 from mtp_mlx.penalties import Penalties
 from mtp_mlx.sampling import Sampler, choose_sampler
@@ -73,6 +74,7 @@ class Asking:
             grammar=self._chat_grammar(body, tools),
             thinking=prompt.starts_thinking,
             stops=self._service.dialect.stops,
+            frees=self._openers(body, tools),
         )
         asked = Request(
             prompt.ids, options, body.stops, prompt.marks, body.top_logprobs or 0 if body.logprobs else None
@@ -162,6 +164,13 @@ class Asking:
         if isinstance(wanted, PlainFormat) and shaped:
             return Grammar.json_object(self._service.guide)
         return guided
+
+    def _openers(self, body: ChatRequest, tools: list[Tool]) -> frozenset[int]:
+        """Markers with which an answer may turn into a call instead of what a grammar asks for."""
+        if not tools or isinstance(body.tool_choice, ChosenTool) or body.tool_choice == "required":
+            return frozenset()
+        markers = self._service.dialect.markers
+        return frozenset(marker.id for marker in markers if marker.mark is Mark.CALL_OPEN and marker.id is not None)
 
     def _guided(self, body: Generation) -> Grammar | None:
         given = [name for name in ("guided_json", "guided_regex", "guided_grammar") if name in body.model_fields_set]

@@ -55,13 +55,13 @@ class Access:
         return origin in self.origins or origin in (f"http://{host}", f"https://{host}")
 
     def holds(self, headers: Headers) -> bool:
-        """Whether the key is there, or none is asked for."""
+        """Whether the key is there, or none is asked for. Headers are bytes, read as Latin-1."""
         if self.key is None:
             return True
         bearer = headers.get("authorization", "")
         scheme, _, token = bearer.partition(" ")
         given = token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
-        return hmac.compare_digest(given.encode("utf-8", "surrogateescape"), self.key.encode())
+        return hmac.compare_digest(given.encode("latin-1"), self.key.encode())
 
 
 class Guard:

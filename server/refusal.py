@@ -129,5 +129,6 @@ DOCUMENTED: dict[int | str, dict[str, Any]] = {
         (415, "The body is not application/json"),
         (429, "Too many requests at a time"),
         (503, "The server is stopping"),
+        ("4XX", "Any other error of the request"),
     )
 }

@@ -1,7 +1,7 @@
 """One text as it comes: the engine's events -> what is said in it, why it ended, and what it took."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -28,7 +28,7 @@ class Delta:
 class Reply:
     """Reads one text."""
 
-    def __init__(self, dialect: Dialect, voice: Voice, prompt: list[int]):
+    def __init__(self, dialect: Dialect, voice: Voice, prompt: list[int], spell: Callable[[int], str]):
         self.prompt = prompt
         self.ids: list[int] = []
         self.deltas: list[Delta] = []
@@ -38,7 +38,7 @@ class Reply:
         self.finish: Finish | None = None
         self.stop: str | None = None
         self.first: float | None = None  # when the first token came
-        self._voice = voice
+        self._voice, self._spell = voice, spell
         self._parser = Parser(dialect, tools=voice.tools, starts_thinking=voice.starts_thinking) if voice.chat else None
         self._thinks = voice.starts_thinking
         self._unsaid: list[Token] = []  # tokens that no delta has told of
@@ -98,12 +98,19 @@ class Reply:
         self.ids.append(token.id)
         self._unsaid.append(token)
         if self._parser is None:
-            return [Content(token.text)] if token.text else []
+            text = self._spaced(token)
+            return [Content(text)] if text else []
         said = self._parser.feed(token.id, token.text)
         if said:
             self._thinks = isinstance(said[-1], Reasoning)
         self.reasoning += self._thinks
         return said
+
+    def _spaced(self, token: Token) -> str:
+        """Its text. mlx-lm drops a space at the very beginning, where in a raw text it parts two words."""
+        if len(self.ids) == 1 and not token.text.startswith(" ") and self._spell(token.id).startswith(" "):
+            return " " + token.text
+        return token.text
 
     def _end(self, piece: Piece) -> list[Said]:
         assert piece.finish_reason is not None
@@ -124,9 +131,9 @@ class Reply:
         return delta
 
 
-def replies(task: Task, dialect: Dialect) -> list[Reply]:
+def replies(task: Task, dialect: Dialect, spell: Callable[[int], str]) -> list[Reply]:
     """One for each text of a task."""
-    return [Reply(dialect, task.voice, request.prompt) for request in task.requests]
+    return [Reply(dialect, task.voice, request.prompt, spell) for request in task.requests]
 
 
 def _joined(said: Sequence[Said]) -> list[Said]:

@@ -1,8 +1,9 @@
 """What a server serves: one loaded pair, and everything that requests are read and answered with."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -37,7 +38,7 @@ class Service:
     tokenizer: TokenizerWrapper
     conversations: Conversations
     dialect: Dialect
-    guide: Guide
+    make_guide: Callable[[], Guide]  # raises RequestError where no grammar can be followed
     infill: Infill | None
     names: tuple[str, ...]  # the first is its own
     vocabulary: int
@@ -68,7 +69,7 @@ class Service:
             tokenizer=tokenizer,
             conversations=Conversations(tokenizer, dialect),
             dialect=dialect,
-            guide=Guide.of(tokenizer, target.vocabulary, stops, dialect),
+            make_guide=cache(lambda: Guide.of(tokenizer, target.vocabulary, stops, dialect)),
             infill=find_infill(vocabulary),
             names=(*names, loaded.target),
             vocabulary=target.vocabulary,
@@ -83,6 +84,11 @@ class Service:
                 "weights_bytes": target.nbytes + loaded.pair.drafter.nbytes,
             },
         )
+
+    @property
+    def guide(self) -> Guide:
+        """What grammars have to know. Raises RequestError for a tokenizer that cannot be taken apart."""
+        return self.make_guide()
 
     @property
     def name(self) -> str:

@@ -167,7 +167,7 @@ class Sampling(Body):
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repeat_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    repeat_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     repeat_last_n: Annotated[int, Field(ge=1, le=4096)] | None = None
@@ -203,7 +203,7 @@ class Generation(Sampling):
     max_tokens: Count | None = None
     n: Annotated[int, Field(ge=1, le=CHOICES)] | None = None
     stream_options: StreamOptions | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
     guided_json: dict[str, Any] | None = None
     guided_regex: Annotated[str, Field(min_length=1)] | None = None
     guided_grammar: Annotated[str, Field(min_length=1)] | None = Field(None, description="In Lark's syntax.")

@@ -1,6 +1,7 @@
 """The routes that write text: chat, completions, infill."""
 
 import asyncio
+from functools import partial
 from typing import Any
 from uuid import uuid4
 
@@ -16,6 +17,7 @@ from mtp_mlx.server.refusal import DOCUMENTED
 from mtp_mlx.server.reply import Reply, replies
 from mtp_mlx.server.service import Service
 from mtp_mlx.server.shape import Frame
+from mtp_mlx.server.spelling import token_text
 from mtp_mlx.server.wire import ChatRequest, CompletionRequest, InfillRequest
 
 _STREAM: dict[int | str, dict[str, Any]] = {
@@ -59,7 +61,7 @@ class Writing:
         return Answer(self._service, self._limits, task, self._replies(task), shape, bool(body.stream))
 
     def _replies(self, task: Task) -> list[Reply]:
-        return replies(task, self._service.dialect)
+        return replies(task, self._service.dialect, partial(token_text, self._service.tokenizer))
 
     def _frame(self, kind: str) -> Frame:
         return Frame(f"{kind}-{uuid4().hex}", self._service.name, self._service.fingerprint)

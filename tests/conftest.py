@@ -2,11 +2,12 @@
 
 import io
 import logging
+import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -21,6 +22,11 @@ mx.set_default_device(mx.cpu)
 # On a CPU a trace is compiled with the system's C++ compiler, a second for each of hundreds of kernels. So tests run
 # rounds as they are built; test_programs.py compares replayed rounds with those.
 mx.disable_compile()
+# MLX hands one small operation after the other to a thread of its own. Where Linux lets that thread interrupt this one
+# each time, tests take half as long again; a sandbox may forbid to say so.
+if sys.platform == "linux":
+    with suppress(OSError):
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 import mlx.nn as nn
 import mlx_lm
@@ -29,6 +35,7 @@ import pytest
 from loopback import hub as hub  # a fixture
 from mlx_lm.sample_utils import make_logits_processors
 
+from mtp_mlx.accept import normalise
 from mtp_mlx.cache import MAX_BLOCK, Cache
 from mtp_mlx.choosing import Drafts, Rules
 from mtp_mlx.cli.main import main
@@ -43,6 +50,8 @@ from mtp_mlx.rounds import Sequence
 from mtp_mlx.sampling import Greedy, Sampler
 from mtp_mlx.types import Drafter, Output, Pair, Pick, PlainRows, Span, State, Target, Visible
 
+# For a program in a process of its own, which would compile for a minute where the kernels are not there yet.
+AS_BUILT = {**os.environ, "MLX_DISABLE_COMPILE": "1"}
 needs_compiler = pytest.mark.xdist_group("compiler")  # two processes would compile the same kernels, into one folder
 
 
@@ -175,6 +184,18 @@ class DialledDrafter:
         wrong = np.random.default_rng(seed).random(len(padded)) >= hit_rate
         return cls(mx.array(padded, mx.int32), mx.array(wrong))
 
+    @classmethod
+    def every_partial(cls, truth: list[int], prompt: int, k: int, seed: int = 0) -> "DialledDrafter":
+        """At depth k, 0 to k drafts are right: each once in every k+1 rounds, in an order of the seed's."""
+        random, wrong = np.random.default_rng(seed), list[int]()
+        place = max(prompt, 2)  # of the first draft: after a prompt of one token comes a round without drafts
+        while place < len(truth):
+            for right in random.permutation(k + 1):
+                wrong += [place + right] if right < k else []
+                place += right + 1
+        padded = truth + [0] * MAX_BLOCK
+        return cls(mx.array(padded, mx.int32), mx.array(np.isin(np.arange(len(padded)), wrong)))
+
     def kv_bytes(self, tokens: int) -> int:
         return 0
 
@@ -303,6 +324,13 @@ def run_rounds(
         rows.append(result.logprobs[: len(result.tokens)])
         accepted.append(result.accepted)
     return text[:tokens], mx.concatenate(rows)[:tokens], accepted
+
+
+def one_pass(target: Target, text: list[int]) -> mx.array:
+    """Log-probabilities after each token of a text that is read at once, (T, V)."""
+    cache = target.make_cache()
+    cache.reserve(len(text))
+    return normalise(target(mx.array(text)[None], cache, Span(0, len(text))).logits)[0]
 
 
 def plain(target: Target, prompt: list[int], tokens: int) -> list[int]:

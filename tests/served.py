@@ -80,19 +80,23 @@ class Scripted(Engine):
 
     def __init__(self, loaded: Loaded, **options: Any):
         self.seen = []
+        self.streams: list[Stream] = []
         self.words = loaded.tokenizer
         super().__init__(loaded.pair, loaded.tokenizer, Prefixes(loaded.pair, 10**8, near=8), **options)
 
     def stream(self, request: Request) -> Stream:
         self.seen.append(request)
+        self.streams.append(super().stream(self._scripted(request)))
+        return self.streams[-1]
+
+    def _scripted(self, request: Request) -> Request:
         if self.script is None:
-            return super().stream(request)
+            return request
         said = self.words.encode(self.script, add_special_tokens=False)
         end = self.words.eos_token_id
         # Drafts need a few tokens beyond the end.
         text = mx.array([0] * len(request.prompt) + said + [end] * 64, mx.int32)
-        mx.eval(text)
-        return super().stream(replace(request, options=replace(request.options, sampler=Says(text), drafts="argmax")))
+        return replace(request, options=replace(request.options, sampler=Says(text), drafts="argmax"))
 
 
 @cache
@@ -141,6 +145,7 @@ def served(_shared: tuple[TestClient, Scripted]) -> "Served":
     client, engine = _shared
     engine.script = None
     engine.seen.clear()
+    engine.streams.clear()
     return Served(client, engine)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from conftest import FIXTURES, tiny_pair
+from conftest import AS_BUILT, FIXTURES, tiny_pair
 
 import mtp_mlx
 from mtp_mlx.bench import (
@@ -48,7 +48,8 @@ def comparison(peer: float, plain: float, two: float, auto: float, chosen: int =
 def test_the_command_writes_table_figures_and_picture(tmp_path: Path) -> None:
     program = [str(Path(sys.executable).parent / "mtp-mlx"), "bench", "--quick", "--tokens", "12"]
     out = tmp_path / "new" / "folder"
-    done = subprocess.run([*program, "--out", str(out)], capture_output=True, text=True, timeout=120, check=False)
+    command = [*program, "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=AS_BUILT)
     assert done.returncode == 0, done.stderr
     for arm in ("mlx-lm", "depth 0", "depth 2", "depth auto"):
         assert arm in done.stdout and arm in done.stderr

@@ -6,7 +6,9 @@ import mlx.core as mx
 import pytest
 from conftest import FIXTURES, program
 
-from mtp_mlx.generate import generate, rendered
+from mtp_mlx.conversation import Conversations
+from mtp_mlx.dialects import find_dialect
+from mtp_mlx.generate import stream_generate
 from mtp_mlx.loading import load
 
 MODEL = str(FIXTURES / "gemma4_keqv")
@@ -16,10 +18,14 @@ OPTIONS = ("chat", "--model", MODEL, "--dtype", "float32", "-m", "12", "--seed",
 def _answers(said: list[str], system: str | None = None) -> list[str]:
     """What the model answers to each message, asked for one by one."""
     pair, tokenizer = load(MODEL, dtype=mx.float32)
+    conversations = Conversations(tokenizer, find_dialect(tokenizer.get_vocab()))
     messages, answers = [{"role": "system", "content": system}] if system else [], []
     for message in said:
         messages.append({"role": "user", "content": message})
-        answers.append(generate(pair, tokenizer, rendered(tokenizer, messages), max_tokens=12, seed=1))
+        prompt = conversations.prompt(messages).ids
+        responses = list(stream_generate(pair, tokenizer, prompt, max_tokens=12, seed=1))
+        conversations.remember([*prompt, *(response.token for response in responses)])
+        answers.append("".join(response.text for response in responses))
         messages.append({"role": "assistant", "content": answers[-1]})
     return answers
 

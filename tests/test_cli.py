@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import FIXTURES, needs_compiler, program
+from conftest import AS_BUILT, FIXTURES, needs_compiler, program
 from loopback import Loopback
 
 VARIANT = str(FIXTURES / "gemma4_keqv")
@@ -123,10 +123,10 @@ def test_the_chat_template_is_used_unless_told_otherwise() -> None:
 
 
 def on_a_terminal(*arguments: str, **environment: str) -> bytes:
-    """What a terminal is sent; `environment` comes on top of the present one."""
+    """What a terminal is sent; `environment` comes on top of the usual one."""
     leader, follower = pty.openpty()
     program = [str(Path(sys.executable).parent / "mtp-mlx"), *arguments]
-    variables = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
+    variables = {name: value for name, value in AS_BUILT.items() if name != "NO_COLOR"}
     variables |= {"TERM": "xterm-256color", **environment}
     with subprocess.Popen(program, stdout=follower, stderr=follower, env=variables) as process:
         os.close(follower)
@@ -208,7 +208,7 @@ def test_a_closed_or_full_stream_is_one_line(closing: str) -> None:
     program = Path(sys.executable).parent / "mtp-mlx"
     prompt = "" if closing == "<&-" else "x"
     command = f"'{program}' generate --model '{VARIANT}' {prompt} --max-tokens 4 --no-stats {closing}"
-    done = subprocess.run(["/bin/sh", "-c", command], capture_output=True, timeout=120, check=False)
+    done = subprocess.run(["/bin/sh", "-c", command], capture_output=True, timeout=120, check=False, env=AS_BUILT)
     assert done.returncode != 0
     assert done.stderr.startswith(b"mtp-mlx: ") and b"report" not in done.stderr and b"Traceback" not in done.stderr
 
@@ -235,7 +235,7 @@ def test_help_and_version() -> None:
 def test_a_reader_that_goes_away_is_not_an_error_message() -> None:
     program = Path(sys.executable).parent / "mtp-mlx"
     command = f"'{program}' generate --model '{VARIANT}' 'x' --max-tokens 200 --no-stats | head -c 1"
-    done = subprocess.run(["/bin/sh", "-c", command], capture_output=True, timeout=120, check=False)
+    done = subprocess.run(["/bin/sh", "-c", command], capture_output=True, timeout=120, check=False, env=AS_BUILT)
     assert b"Traceback" not in done.stderr and b"Error" not in done.stderr
 
 

@@ -24,7 +24,6 @@ from talks import (
 from mtp_mlx.conversation import EFFORTS, Conversations
 from mtp_mlx.dialects import PLAIN, Dialect, find_dialect
 from mtp_mlx.errors import CheckpointError, RequestError
-from mtp_mlx.generate import rendered
 from mtp_mlx.hub import DEMO
 from mtp_mlx.loading import load
 from mtp_mlx.speech import Content, Event, Parser, Reasoning, ToolCallArguments, ToolCallStart
@@ -53,7 +52,7 @@ def test_a_prompt_is_what_the_library_makes_of_it() -> None:
     _, wrapper = load(FIXTURES / "gemma4_keqv")
     messages = [user("hello"), answer("a"), user("b")]
     prompt = Conversations(wrapper, find_dialect(wrapper.get_vocab())).prompt(messages)
-    assert prompt.ids == rendered(wrapper, messages)
+    assert prompt.ids == wrapper.apply_chat_template(messages, add_generation_prompt=True)
 
 
 def test_a_model_without_template_cannot_chat_but_encode() -> None:
@@ -133,6 +132,11 @@ def test_the_last_message_is_continued_where_it_stops(template: str) -> None:
     text = chat.text(messages, continue_last=True)
     assert text.endswith("the answer is ") and text.count("the answer") == 1
     assert chat.prompt(messages, continue_last=True).ids[-1:] == chat.encode("is ", special=False)[-1:]
+
+
+def test_the_beginning_of_what_is_continued_is_a_mark() -> None:
+    prompt = conversations(BRACES).prompt([user("hello"), answer("the answer")], continue_last=True)
+    assert _text(prompt.ids[: prompt.marks[-1]], BRACES).endswith("hello<turn|>\n<|turn>")
 
 
 @pytest.mark.parametrize(

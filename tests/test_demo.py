@@ -16,8 +16,8 @@ from mtp_mlx.generate import encode
 from mtp_mlx.hub import DEMOS
 
 HELD_OUT = Path(__file__).parent.parent / "bench" / "demo" / "heldout.json"
-PROMPTS = 21
-TOKENS = 128
+PROMPTS = 11
+TOKENS = 96
 
 
 def _prompts() -> list[str]:
@@ -40,25 +40,28 @@ def test_the_prompts_lie_below_across_and_far_above_the_window() -> None:
     pair, tokenizer = mtp_mlx.load("demo")
     window = pair.target.config.sliding_window  # type: ignore[attr-defined]
     lengths = [len(tokenizer.encode(prompt)) for prompt in _prompts()]
-    assert sum(length + TOKENS > window > length for length in lengths) >= 5
-    assert sum(length > 2 * window for length in lengths) >= 5
+    assert sum(length + TOKENS > window > length for length in lengths) >= 3
+    assert sum(length > 2 * window for length in lengths) >= 3
     assert min(lengths) < window / 2
 
 
 # Every third prompt for Qwen, whose layers are slow on the CPU.
-TEXTS = [("demo", n) for n in range(PROMPTS)] + [("demo-qwen", n) for n in range(0, PROMPTS, 3)]
+TEXTS = {"demo": range(PROMPTS), "demo-qwen": range(0, PROMPTS, 3)}
 
 
-@pytest.mark.parametrize(("name", "number"), TEXTS)
-def test_greedy_text_is_the_same_with_and_without_drafts(name: str, number: int) -> None:
+@cache
+def _text(name: str, number: int, depth: int) -> list[mtp_mlx.Response]:
     pair, tokenizer = _demo(name)
+    return list(mtp_mlx.stream_generate(pair, tokenizer, _prompts()[number], max_tokens=TOKENS, depth=depth))
 
-    def tokens(depth: int) -> list[int]:
-        run = mtp_mlx.stream_generate(pair, tokenizer, _prompts()[number], max_tokens=TOKENS, depth=depth)
-        return [response.token for response in run]
 
-    plain = tokens(0)
-    assert tokens(4) == plain
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [pytest.param(name, n, marks=pytest.mark.xdist_group(name)) for name, numbers in TEXTS.items() for n in numbers],
+)
+def test_greedy_text_is_the_same_with_and_without_drafts(name: str, number: int) -> None:
+    plain, drafted = ([response.token for response in _text(name, number, depth)] for depth in (0, 4))
+    assert drafted == plain
     assert len(plain) > 10
 
 
@@ -69,21 +72,22 @@ def test_plain_decoding_equals_mlx_lm_in_float32(name: str, tmp_path: Path) -> N
     theirs = mlx_lm_model(folder)
     for prompt in _prompts()[::5]:
         # mlx-lm has a slow loop over a prompt's tokens on the CPU where a layer is recurrent.
-        ids = encode(tokenizer, prompt)[:100]
-        ours = [r.token for r in mtp_mlx.stream_generate(pair, tokenizer, ids, max_tokens=100, depth=0)]
-        steps = generate_step(mx.array(ids), theirs, max_tokens=100)
+        ids = encode(tokenizer, prompt)[:100]  # the window of 128 is passed
+        ours = [r.token for r in mtp_mlx.stream_generate(pair, tokenizer, ids, max_tokens=60, depth=0)]
+        steps = generate_step(mx.array(ids), theirs, max_tokens=60)
         assert ours == [int(token) for token, _ in steps][: len(ours)]
         assert len(ours) > 10
 
 
-@pytest.mark.parametrize("name", DEMOS)
+# In the process that has written the texts.
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in TEXTS])
 def test_the_drafter_is_worth_having(name: str) -> None:
-    pair, tokenizer = _demo(name)
     generated = rounds = 0
-    for prompt in _prompts()[::3]:
-        last = list(mtp_mlx.stream_generate(pair, tokenizer, prompt, max_tokens=80, depth=4))[-1]
+    for number in TEXTS[name]:
+        last = _text(name, number, 4)[-1]
         generated, rounds = generated + last.stats.generation_tokens, rounds + last.stats.rounds
-    assert generated / rounds > 2.3, "the figure over all prompts is in the model card; this sample is small"
+    least = {"demo": 2.3, "demo-qwen": 2.7}  # of Qwen 3.2; 2.4 from a wrong hidden
+    assert generated / rounds > least[name], "the figure over all prompts is in the model card; this sample is small"
 
 
 @pytest.mark.parametrize("name", DEMOS)

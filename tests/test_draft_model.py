@@ -10,6 +10,7 @@ from conftest import (
     Recorder,
     gap,
     needs_compiler,
+    one_pass,
     open_sequence,
     run_rounds,
     tiny_pair,
@@ -43,11 +44,9 @@ def _says(sequence: Sequence, k: int) -> mx.array:
 def test_a_model_that_drafts_for_itself_says_what_it_says_as_target(variant: str, k: int) -> None:
     """Below and above the window, after copies of which 0 to all were right, and after drafts that came to nothing."""
     target, _ = tiny_pair(variant)
-    nobody = DialledDrafter.dial([], 0.0)
     for length in PROMPTS:
         text = varied_tokens(length + LENGTH + 40, seed=length)
-        forced = Forced(mx.array(text))
-        _, rows, _ = run_rounds(target, nobody, forced, text[:length], LENGTH, 0)
+        forced, rows = Forced(mx.array(text)), one_pass(target, text)
         sequence = open_sequence(target, DraftModel(target), forced)
         sequence.prefill(text[:length], WINDOW, lambda done, total: None)
         sequence.round(0)
@@ -56,7 +55,7 @@ def test_a_model_that_drafts_for_itself_says_what_it_says_as_target(variant: str
             copy = text[here : here + right] + [(token + 1) % VOCAB for token in text[here + right :][:wrong]]
             assert sequence.round(copy).accepted == right
             for _ in range(2):
-                assert gap(_says(sequence, k), rows[sequence.length + 1 - length]) < EXACT
+                assert gap(_says(sequence, k), rows[sequence.length]) < EXACT
                 sequence.round(k)
             assert sequence.text == text[: sequence.length + 1]
 
@@ -65,32 +64,30 @@ def test_a_model_that_drafts_for_itself_says_what_it_says_as_target(variant: str
 def test_it_is_told_later_of_rounds_without_drafts_and_of_long_blocks(variant: str) -> None:
     target, _ = tiny_pair(variant)
     text = varied_tokens(UNTOLD + 200)
-    forced, nobody = Forced(mx.array(text)), DialledDrafter.dial([], 0.0)
-    _, rows, _ = run_rounds(target, nobody, forced, text[: WINDOW + 3], UNTOLD + 120, 0)
+    forced, rows = Forced(mx.array(text)), one_pass(target, text)
     sequence = open_sequence(target, DraftModel(target), forced)
     sequence.prefill(text[: WINDOW + 3], 7, lambda done, total: None)
     for alone in (1, 5, UNTOLD + 3):
         for _ in range(alone):
             sequence.round(0)
         sequence.round(3)
-        assert gap(_says(sequence, 3), rows[sequence.length + 1 - WINDOW - 3]) < EXACT
+        assert gap(_says(sequence, 3), rows[sequence.length]) < EXACT
         here = sequence.length + 1
         assert sequence.round(text[here : here + MAX_BLOCK - 1]).accepted == MAX_BLOCK - 1
-        assert gap(_says(sequence, 3), rows[sequence.length + 1 - WINDOW - 3]) < EXACT
+        assert gap(_says(sequence, 3), rows[sequence.length]) < EXACT
 
 
 @pytest.mark.parametrize("variant", ["gemma4_keqv", "qwen3_5_tied"])
 def test_an_unread_block_that_ends_where_the_buffers_end_has_room(variant: str) -> None:
     target, _ = tiny_pair(variant)
     text = varied_tokens(300)
-    forced, nobody = Forced(mx.array(text)), DialledDrafter.dial([], 0.0)
-    _, rows, _ = run_rounds(target, nobody, forced, text[:240], 40, 0)
+    forced, rows = Forced(mx.array(text)), one_pass(target, text)
     sequence = open_sequence(target, DraftModel(target), forced)
     sequence.prefill(text[:240], 2048, lambda done, total: None)
     wrong = [(token + 1) % VOCAB for token in text[240:256]]
     assert sequence.round(wrong).accepted == 0 and sequence.cache.capacity == 256
     for _ in range(3):
-        assert gap(_says(sequence, 2), rows[sequence.length + 1 - 240]) < EXACT
+        assert gap(_says(sequence, 2), rows[sequence.length]) < EXACT
         sequence.round(2)
 
 
@@ -103,10 +100,10 @@ def test_another_model_of_the_family_changes_nothing(target: str, drafter: str, 
     for length in PROMPTS[1:]:
         text = varied_tokens(length + 40, seed=length) + [0] * 20
         forced = Forced(mx.array(text))
-        _, expected, _ = run_rounds(model, nobody, forced, text[:length], 36, 0, kv_bits=bits)
+        _, expected, _ = run_rounds(model, nobody, forced, text[:length], 24, 0, kv_bits=bits)
         for k in (1, 4):
-            tokens, rows, _ = run_rounds(model, other, forced, text[:length], 36, k, WINDOW, kv_bits=bits)
-            assert tokens == text[length : length + 36] and gap(rows, expected) < EXACT
+            tokens, rows, _ = run_rounds(model, other, forced, text[:length], 24, k, WINDOW, kv_bits=bits)
+            assert tokens == text[length : length + 24] and gap(rows, expected) < EXACT
 
 
 @needs_compiler
@@ -115,8 +112,7 @@ def test_another_model_of_the_family_changes_nothing(target: str, drafter: str, 
 def test_compiled_rounds_are_the_same(variant: str) -> None:
     target: Target = tiny_pair(variant)[0]
     text = varied_tokens(100)
-    forced, nobody = Forced(mx.array(text)), DialledDrafter.dial([], 0.0)
-    _, rows, _ = run_rounds(target, nobody, forced, text[:WINDOW], 60, 0)
+    forced, rows = Forced(mx.array(text)), one_pass(target, text)
     sequence = open_sequence(target, DraftModel(target), forced)
     sequence.prefill(text[:WINDOW], 2048, lambda done, total: None)
     sequence.round(0)
@@ -125,4 +121,4 @@ def test_compiled_rounds_are_the_same(variant: str) -> None:
         for _ in range(3):
             sequence.round(3)
             assert sequence.text == text[: sequence.length + 1]
-        assert gap(_says(sequence, 3), rows[sequence.length + 1 - WINDOW]) < EXACT
+        assert gap(_says(sequence, 3), rows[sequence.length]) < EXACT

@@ -1,9 +1,11 @@
 """Several requests share a pair in slices: none gets another's text, a short one does not wait, a reader may leave."""
 
+import json
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
 
 import mlx.core as mx
@@ -12,13 +14,16 @@ from conftest import FIXTURES, varied_tokens
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mtp_mlx import engine as module
-from mtp_mlx.engine import Engine, Piece, Request, Stream
+from mtp_mlx.dialects import find_dialect
+from mtp_mlx.engine import Engine, Event, Piece, Request, Stream
 from mtp_mlx.errors import BusyError, RequestError
 from mtp_mlx.generate import Progress, Response, generation
+from mtp_mlx.grammar import Grammar, Guide
 from mtp_mlx.loading import load
 from mtp_mlx.options import Options
 from mtp_mlx.prefixes import Prefixes
 from mtp_mlx.sampling import Sample
+from mtp_mlx.store import Store
 from mtp_mlx.types import Pair
 
 Loaded = tuple[Pair, TokenizerWrapper]
@@ -191,8 +196,33 @@ def test_a_next_turn_reads_only_what_is_new(loaded: Loaded) -> None:
     again = list(served.stream(replace(first, prompt=[*first.prompt[:290], *varied_tokens(9, seed=8)])))
     assert isinstance(again[0], Progress) and again[0].cached == 290, "another message at the mark"
     assert isinstance(again[-1], Piece) and again[-1].stats.cached_tokens == 290
+    deadline = time.monotonic() + 10
+    while served.usage and served.usage.texts < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
     assert served.usage and (served.usage.texts, served.usage.hits) == (3, 2)
     served.close(10)
+
+
+def test_what_was_read_is_written_to_disk_while_nobody_asks_and_found_after_a_restart(
+    loaded: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "SETTLED", 0.01)
+    pair, tokenizer = loaded
+    request = Request(varied_tokens(300), Options(10, 3, seed=1))
+
+    def serve(ask: Request) -> list[Event]:
+        store = Store.open(tmp_path, "one", 10**9)
+        assert store is not None
+        served = Engine(pair, tokenizer, Prefixes(pair, 10**9, near=1, store=store))
+        events = list(served.stream(ask))
+        served.close(10)
+        return events
+
+    first = serve(request)
+    assert [path.suffix for path in tmp_path.rglob("*") if path.suffix == ".safetensors"], "nothing was written"
+    second = serve(request)
+    assert isinstance(second[0], Progress) and second[0].cached == 299
+    assert [e.tokens for e in second if isinstance(e, Piece)] == [e.tokens for e in first if isinstance(e, Piece)]
 
 
 def test_a_prompt_that_was_broken_off_goes_on_where_it_was(loaded: Loaded) -> None:
@@ -219,3 +249,16 @@ def test_two_texts_at_a_time_do_not_share_what_one_measures(loaded: Loaded) -> N
         text.close()
     list(generation(*loaded, varied_tokens(30), Options(5)))
     assert len(policies) == 2 and not any(measured.busy for measured in policies), "a later text takes one of them"
+
+
+def test_a_grammar_binds_the_answer_at_every_depth(loaded: Loaded, engine: Engine) -> None:
+    pair, tokenizer = loaded
+    stops = frozenset(tokenizer.eos_token_ids)
+    guide = Guide.of(tokenizer, pair.target.vocabulary, stops, find_dialect(tokenizer.get_vocab()))
+    grammar = Grammar.json_schema(guide, {"type": "array", "items": {"enum": ["alpha", "beta"]}, "maxItems": 3})
+    for depth in (0, 3, "auto"):
+        request = Request(varied_tokens(30), Options(60, depth, Sample(1.0), seed=4, grammar=grammar))
+        pieces = [piece for piece in engine.stream(request) if isinstance(piece, Piece)]
+        assert set(json.loads("".join(piece.text for piece in pieces))) <= {"alpha", "beta"}
+        assert pieces[-1].finish_reason == "stop"
+        assert [token.id for piece in pieces for token in piece.tokens] == ids(alone(loaded, request))

@@ -3,6 +3,7 @@
 import json
 import random
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any, cast
 
@@ -92,17 +93,21 @@ def opened(
 
 
 PROMPT = varied_tokens(10)
+LENGTH = 32
+_BLANK = [token for token in range(VOCAB) if tiny_tokenizer().decode([token]).isspace()]
+# A random model would write white space for long.
+HARD = Penalties(repetition=1.3, presence=0.5, bias=tuple((token, -9.0) for token in _BLANK))
 
 
 def write(
     variant: str, drafter: Drafter, chooser: Rules | Callables, state: GrammarState, k: int, seed: int
 ) -> list[int]:
-    """Tokens up to the first stop, or 60."""
+    """Tokens up to the first stop, or so many."""
     sequence = opened(variant, drafter, chooser, state, seed)
     text: list[int] = []
-    while len(text) < 60 and not STOPS & set(text):
+    while len(text) < LENGTH and not STOPS & set(text):
         text += sequence.round(k if sequence.ready else 0).tokens
-    return text[: next((i + 1 for i, token in enumerate(text) if token in STOPS), 60)]
+    return text[: next((i + 1 for i, token in enumerate(text) if token in STOPS), LENGTH)]
 
 
 @cache
@@ -110,11 +115,8 @@ def plainly(variant: str, sampler: Greedy | Sample, penalties: Penalties, seed: 
     return write(variant, NoDrafter(), Rules(sampler, penalties), person().start(may_think=False), 0, seed)
 
 
-HARD = Penalties(repetition=1.3, presence=0.5, bias=((90, 4.0),))
-
-
 @pytest.mark.parametrize("variant", FAMILIES)
-@pytest.mark.parametrize(("sampler", "penalties"), [(Greedy(), Penalties()), (Greedy(), HARD), (Sample(1.1), HARD)])
+@pytest.mark.parametrize(("sampler", "penalties"), [(Greedy(), Penalties()), (Sample(1.1), HARD)])
 def test_speculation_under_a_grammar_writes_plain_decodings_text(
     variant: str, sampler: Greedy | Sample, penalties: Penalties
 ) -> None:
@@ -139,11 +141,11 @@ def test_speculation_under_a_grammar_writes_plain_decodings_text(
 def test_a_seeds_text_ends_as_what_the_schema_says(variant: str, drafts: Any) -> None:
     own, ended = tiny_pair(variant)[1], 0
     for seed in range(2):
-        text = write(variant, own, Rules(Sample(1.0, top_p=0.9), drafts=drafts), person().start(), 3, seed)
-        text = text[text.index(CLOSE) + 1 :] if OPEN in text[:1] and CLOSE in text else text
-        if text[-1] in STOPS and OPEN not in text:
+        rules = Rules(Sample(1.0, top_p=0.9), HARD, drafts)
+        text = write(variant, own, rules, person().start(may_think=False), 3, seed)
+        if text[-1] in STOPS:
             ended += 1
-            assert is_person(tiny_tokenizer().decode(text[:-1]).strip())
+            assert is_person(tiny_tokenizer().decode(text[:-1]))
     assert ended
 
 
@@ -243,6 +245,8 @@ def test_what_an_answer_may_begin_with() -> None:
     assert set(allowed(grammar.start(frees=frozenset([CALL])))) == {*brace, OPEN, CALL}
     state = grammar.start(thinking=True, frees=frozenset([CALL]))
     assert state.masks([7, CLOSE, *ids("\n")]) is not None and state.masks([7, 8, OPEN, CALL]) is None
+    masks = state.masks([CALL, OPEN, CLOSE])  # within reasoning these mean nothing
+    assert masks is not None and len(rows_of(masks)[2]) == VOCAB > len(rows_of(masks)[3])
     state.advance([7, CLOSE])
     assert set(allowed(state)) == {*brace, CALL, *ids("\n")}
     state.advance(ids("\n"))
@@ -287,13 +291,15 @@ def test_a_stop_within_an_accepted_run_ends_the_text(variant: str) -> None:
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
 def test_opaque_samplers_and_processors_are_masked_too(temperature: float) -> None:
     variant = "gemma4_keqv"
-    chain = make_logits_processors(None, 1.3, 20)
-    chooser = Callables(make_sampler(temperature, top_p=0.9), chain)
+    chain = make_logits_processors(dict(HARD.bias), 1.3, 20)
+    chooser = Callables(make_sampler(temperature, top_p=0.9), chain, STOPS)
     own = tiny_pair(variant)[1]
     mx.random.seed(4)
     truth = write(variant, NoDrafter(), chooser, person().start(may_think=False), 0, 0)
     state = person().start(may_think=False)
-    assert not state.masks(truth)[0, -1].any().item() or truth  # type: ignore[index]
+    for token in truth:
+        assert token in allowed(state)
+        state.advance([token])
     for k, drafter in ((3, own), (4, DialledDrafter.dial(PROMPT + truth, 0.7))):
         mx.random.seed(4)
         assert write(variant, drafter, chooser, person().start(may_think=False), k, 0) == truth
@@ -384,7 +390,8 @@ def test_compiled_grammars_are_shared_and_forgotten(monkeypatch: pytest.MonkeyPa
     first = Grammar.regex(guide, "a")
     assert Grammar.regex(guide, "a")._matcher is first._matcher
     assert Grammar.regex(guide, "b")._matcher is not first._matcher
-    Grammar.regex(guide, "c")
+    with ThreadPoolExecutor(4) as pool:
+        assert len({id(grammar._matcher) for grammar in pool.map(lambda _: Grammar.regex(guide, "c"), range(8))}) == 1
     assert Grammar.regex(guide, "a")._matcher is not first._matcher
     one, two = first.start(), first.start()
     one.advance(ids("a"))

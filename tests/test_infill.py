@@ -66,6 +66,11 @@ def test_markers_in_a_text_are_mere_text(pieces: list[str]) -> None:
     assert not set(ids) & set(WRAPPER.added_tokens_decoder)
 
 
+def test_markers_that_overlap_are_mere_text() -> None:
+    wrapper = TokenizerWrapper(tokenizer("<t>", "t><"))
+    assert not set(plain(wrapper, "<t><t>")) & set(wrapper.added_tokens_decoder)
+
+
 def test_a_text_without_markers_is_encoded_as_a_whole() -> None:
     assert plain(WRAPPER, "the tool call thought") == WRAPPER.encode("the tool call thought", add_special_tokens=False)
 

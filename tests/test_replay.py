@@ -16,8 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mtp_mlx.replay import Replay
 
-settings.register_profile("replay", max_examples=40, deadline=None, derandomize=True, database=None)
-settings.load_profile("replay")
+examples = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 
 SAMPLE = ["hello world, hello there\n\nthe user thinks of the answer <think> ok"] * 3
 MARKERS = ["<bos>", "<end>", "<think>"]
@@ -82,6 +81,7 @@ tokens = st.lists(st.integers(0, 10**6), max_size=24)
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@examples
 @given(pieces=texts, special=st.booleans())
 def test_without_memory_the_tokenizer_decides(kind: str, pieces: list[str], special: bool) -> None:
     text, wrapper = "".join(pieces), tokenizer(kind)
@@ -90,6 +90,7 @@ def test_without_memory_the_tokenizer_decides(kind: str, pieces: list[str], spec
 
 
 @pytest.mark.parametrize("kind", ["bytes", "blank", "composing"])
+@examples
 @given(prompt=texts, drawn=tokens, more=texts)
 def test_a_text_begins_with_the_ids_it_was_made_of(
     kind: str, prompt: list[str], drawn: list[int], more: list[str]
@@ -115,6 +116,7 @@ def _ambiguous(wrapper: TokenizerWrapper, ids: list[int]) -> bool:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@examples
 @given(pieces=texts, memories=st.lists(tokens, max_size=3), cuts=st.lists(st.integers(0, 30), max_size=3))
 def test_no_memory_changes_a_text(kind: str, pieces: list[str], memories: list[list[int]], cuts: list[int]) -> None:
     wrapper, text = tokenizer(kind), "".join(pieces)
@@ -182,6 +184,18 @@ def test_a_marker_that_was_only_spelled_is_replayed_as_spelled() -> None:
     text = text_of(wrapper, ids)
     assert replay.encode(text + "<end>hello").ids == [*ids, *ids_of(wrapper, "<end>hello")]
     assert replay.encode(text + " hello<end>").ids == ids_of(wrapper, text + " hello<end>")
+
+
+def test_the_longest_of_what_is_known_is_replayed() -> None:
+    wrapper = tokenizer()
+    replay = Replay(wrapper)
+    prompt = ids_of(wrapper, "<bos>hello<end>")
+    marked = [*prompt, *letters(wrapper, "hello "), marker(wrapper, "<think>"), marker(wrapper, "<end>")]
+    spelled = [*prompt, *letters(wrapper, "hello <"), *letters(wrapper, "think> it is"), marker(wrapper, "<end>")]
+    replay.remember(marked)
+    replay.remember(spelled)
+    assert replay.encode(text_of(wrapper, spelled)).ids == spelled
+    assert replay.encode(text_of(wrapper, marked)).ids == marked
 
 
 def test_white_space_that_a_template_strips_costs_nothing_before_it() -> None:
