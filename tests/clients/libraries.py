@@ -76,7 +76,7 @@ def checking(library: Library, interpreter: tuple[str, ...]) -> Callable[[Family
                 check=False,
             )
             refused = [(each.path, each.answer.decode()[:300]) for each in place.exchanges if each.status >= 400]
-            assert done.returncode == 0, f"{done.stderr.strip().splitlines()[-1:]}\n{refused}\n{done.stderr[-3000:]}"
+            assert done.returncode == 0, f"{refused}\n{done.stderr[-1500:]}"
         told = json.loads(done.stdout.strip().splitlines()[-1])
         return Report(**told)
 
@@ -92,7 +92,7 @@ def script(body: Body) -> Turn | str:
     if last["role"] == "tool":
         return Turn(str(SAID["after"]))
     if (body.get("response_format") or {}).get("type") == "json_schema":
-        return Turn(json.dumps(SAID["person"]))
+        return Turn(json.dumps(SAID["person"]), shaped=True)
     if "for ever" in json.dumps(last["content"]):
         return Turn(str(SAID["endless"]) * 20000)
     if body.get("tools"):

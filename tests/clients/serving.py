@@ -62,13 +62,15 @@ class Turn:
     text: str = ""
     thought: str = ""
     calls: tuple[tuple[str, Mapping[str, Any]], ...] = ()
+    shaped: bool = False  # a grammar holds as soon as the thought ends, so that no white space comes first
 
     def written(self, family: Family) -> str:
         """As the family marks it up. Qwen's template opens the thought in the prompt."""
         one = qwen_call if family == "qwen" else gemma_call
         calls = ["".join(text for _, text in one(name, arguments)) for name, arguments in self.calls]
         if family == "qwen":
-            return f"{self.thought}\n</think>\n\n" + "\n".join(filter(None, [self.text, *calls]))
+            gap = "" if self.shaped else "\n\n"
+            return f"{self.thought}\n</think>{gap}" + "\n".join(filter(None, [self.text, *calls]))
         thought = f"<|channel>thought\n{self.thought}<channel|>" if self.thought else ""
         return thought + self.text + "".join(calls) + ("<|tool_response>" if calls else "")
 

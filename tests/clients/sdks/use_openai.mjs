@@ -5,7 +5,7 @@ import { createRequire } from "node:module";
 
 const require = createRequire(import.meta.url);
 const OpenAI = require("openai");
-const { version } = require("openai/package.json");
+const { VERSION: version } = require("openai/version");
 
 const given = JSON.parse(process.argv[2]);
 const { model } = given;
