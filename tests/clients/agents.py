@@ -1,4 +1,4 @@
-"""Programs that edit files, run as their users run them: how each is pointed at a server, and what it calls its tools."""
+"""Programs that edit files, as their users run them: how each is pointed at a server, and what it calls its tools."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -64,7 +64,14 @@ models:
 
 
 def _pi(url: str) -> dict[str, str]:
-    model = {"id": NAME, "name": NAME, "reasoning": False, "input": ["text"], "contextWindow": CONTEXT, "maxTokens": OUTPUT}
+    model = {
+        "id": NAME,
+        "name": NAME,
+        "reasoning": False,
+        "input": ["text"],
+        "contextWindow": CONTEXT,
+        "maxTokens": OUTPUT,
+    }
     model["cost"] = {"input": 0, "output": 0, "cacheRead": 0, "cacheWrite": 0}
     provider = {"baseUrl": f"{url}/v1", "api": "openai-completions", "apiKey": "x", "models": [model]}
     return {".pi/agent/models.json": json.dumps({"providers": {"local": provider}})}

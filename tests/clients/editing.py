@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -116,9 +117,14 @@ def _prepare(agent: Agent, work: Workplace, place: Place) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     if command := agent.prepare(place.url):
-        environment = work.environment(agent, place.url)
         subprocess.run(
-            command, env=environment, cwd=work.folder, stdin=subprocess.DEVNULL, capture_output=True, timeout=SECONDS
+            command,
+            env=work.environment(agent, place.url),
+            cwd=work.folder,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=SECONDS,
+            check=True,
         )
 
 
@@ -133,7 +139,7 @@ def _conversation(place: Place) -> list[Exchange]:
 
 def _check_wire(talks: list[Exchange], agent: Agent) -> None:
     """Calls come back with their ids and arguments, texts whole, and each turn goes on from what the last one left."""
-    for earlier, later in zip(talks, talks[1:], strict=False):
+    for earlier, later in pairwise(talks):
         said, messages = _said(earlier), later.body["messages"]
         back = [message for message in messages if message["role"] == "assistant"][-1]
         for call, replayed in zip(said.calls, back.get("tool_calls") or [], strict=True):

@@ -14,7 +14,7 @@ from clients.serving import NAME, Body, Family, Turn, scripted
 
 SCRIPTS = Path(__file__).parent / "sdks"
 SECONDS = 120
-CITY, DAYS = "Zürich \"am See\"", 3
+CITY, DAYS = 'Zürich "am See"', 3
 SAID = {
     "thought": "The user greets me; I greet back.",
     "text": "Hëllo wörld 🦊!\n\n```python\nprint('</think> is text here')\n```\nEnd.",
@@ -47,11 +47,16 @@ LIBRARIES = (
     Library("litellm", "use_litellm.py", "pip install litellm", "import litellm"),
     Library("langchain-openai", "use_langchain.py", "pip install langchain-openai", "import langchain_openai"),
     Library("llm", "use_llm.py", "pip install llm", "import llm"),
-    Library("pydantic-ai", "use_pydantic_ai.py", "pip install 'pydantic-ai-slim[openai]'", "import pydantic_ai.models.openai"),
+    Library(
+        "pydantic-ai",
+        "use_pydantic_ai.py",
+        "pip install 'pydantic-ai-slim[openai]'",
+        "import pydantic_ai.models.openai",
+    ),
 )
 
 
-def find(library: Library, python: str) -> tuple[str, ...] | None:
+def find(library: Library, python: str) -> str | None:
     """The interpreter that has it."""
     node = shutil.which("node")
     if library.runs_on_node and node is None:
@@ -60,15 +65,15 @@ def find(library: Library, python: str) -> tuple[str, ...] | None:
     done = subprocess.run(
         [*command, library.probe], env=_environment(Path("/")), capture_output=True, timeout=SECONDS, check=False
     )
-    return (command[0],) if done.returncode == 0 else None
+    return command[0] if done.returncode == 0 else None
 
 
-def checking(library: Library, interpreter: tuple[str, ...]) -> Callable[[Family], Report]:
+def checking(library: Library, interpreter: str) -> Callable[[Family], Report]:
     def check(family: Family) -> Report:
         with tempfile.TemporaryDirectory() as home, scripted(family, script) as place:
             given = json.dumps(SAID | {"url": place.url, "model": NAME, "home": home})
             done = subprocess.run(
-                [*interpreter, str(SCRIPTS / library.script), given],
+                [interpreter, str(SCRIPTS / library.script), given],
                 env=_environment(Path(home)),
                 capture_output=True,
                 text=True,

@@ -1,4 +1,4 @@
-"""The server's own page in a browser: a model with a chat template, the demo without one, and a server that wants a key."""
+"""The server's own page in a browser: a model with a chat template, a demo without one, a server that wants a key."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Runs clients against a server on this machine and prints what each of them does: run.py [--python PROGRAM] [NAME ...]"""
+"""Runs clients against a server on this machine and prints a table of what each of them does."""
 
 import argparse
 import logging
@@ -57,11 +57,10 @@ def _checks(python: str, pictures: Path | None) -> dict[str, Check | str]:
     """Each client's check, or how to install it."""
     checks: dict[str, Check | str] = {}
     for library in libraries.LIBRARIES:
-        found = libraries.find(library, python)
-        checks[library.name] = libraries.checking(library, found) if found else library.install
+        interpreter = libraries.find(library, python)
+        checks[library.name] = libraries.checking(library, interpreter) if interpreter else library.install
     for agent in AGENTS:
-        found = shutil.which(agent.program)
-        checks[agent.name] = editing.checking(agent) if found else agent.install
+        checks[agent.name] = editing.checking(agent) if shutil.which(agent.program) else agent.install
     browser = page.find_browser(python)
     checks["page"] = page.checking(python, browser, pictures) if browser else page.INSTALL
     return checks

@@ -209,7 +209,9 @@ def _serving(loaded: Loaded, engine: Engine, access: Access) -> Iterator[Place]:
 @cache
 def wide_model(family: Family) -> Loaded:
     """A tiny pair with a vocabulary in which English and code are short."""
-    source, assistant = (FIXTURES / "qwen3_5_tied", None) if family == "qwen" else (FIXTURES / "gemma4_keqv", "assistant")
+    source, assistant = (
+        (FIXTURES / "qwen3_5_tied", None) if family == "qwen" else (FIXTURES / "gemma4_keqv", "assistant")
+    )
     with tempfile.TemporaryDirectory() as folder:
         _widen(source, Path(folder))
         if assistant:
@@ -232,7 +234,9 @@ def _widen(source: Path, folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     config = json.loads((source / "config.json").read_text())
     config["text_config"] |= {"vocab_size": VOCABULARY, "max_position_embeddings": CONTEXT}
-    (folder / "config.json").write_text(json.dumps(config | ({"vocab_size": VOCABULARY} if "vocab_size" in config else {})))
+    (folder / "config.json").write_text(
+        json.dumps(config | ({"vocab_size": VOCABULARY} if "vocab_size" in config else {}))
+    )
     weights = mx.load(str(source / "model.safetensors"))
     assert isinstance(weights, dict)
     for name, tensor in weights.items():

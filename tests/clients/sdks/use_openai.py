@@ -1,4 +1,4 @@
-"""The openai package against a server: python use_openai.py GIVEN, where GIVEN is JSON of what the model is going to say."""
+"""The openai package against a server: python use_openai.py GIVEN, where GIVEN is JSON of what the model will say."""
 
 import json
 import sys
@@ -52,7 +52,10 @@ assert usage.prompt_tokens_details.cached_tokens > 0, usage
 # Limits.
 cut = client.chat.completions.create(model=model, messages=user, max_completion_tokens=3)
 assert cut.choices[0].finish_reason == "length" and cut.usage.completion_tokens == 3
-assert client.completions.create(model=model, prompt="x", stop=["\n"]).choices[0].text == given["completion"].split("\n")[0]
+assert (
+    client.completions.create(model=model, prompt="x", stop=["\n"]).choices[0].text
+    == given["completion"].split("\n")[0]
+)
 
 # A call and what follows it, as one body and as a stream that the SDK puts together.
 called = client.chat.completions.create(model=model, messages=user, tools=[tool], tool_choice="auto").choices[0]
@@ -102,7 +105,9 @@ except openai.BadRequestError as error:
     assert error.param == "temperature"
 
 # A stream that is left is not written on.
-with client.chat.completions.create(model=model, messages=[{"role": "user", "content": "for ever"}], stream=True) as stream:
+with client.chat.completions.create(
+    model=model, messages=[{"role": "user", "content": "for ever"}], stream=True
+) as stream:
     for number, _ in enumerate(stream):
         if number == 5:
             break

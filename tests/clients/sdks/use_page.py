@@ -13,6 +13,7 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 given = json.loads(sys.argv[1])
 PROMPT = "import os\nimport sys\n\n\ndef main():\n"
 COLOURS = ("accepted", "copied", "correction", "bonus")
+QUESTION = "Hello? Please greet me, and tell me in a few words what you think of the weather in Zürich."
 SLOW = 60_000  # milliseconds
 
 
@@ -28,7 +29,9 @@ def opened(browser: Browser, url: str, **how: object):
     page.goto(url)
     expect(page.locator("#model")).not_to_have_text("connecting")
     yield page, told
-    elsewhere = [each for each in asked if urlsplit(each).netloc != urlsplit(url).netloc and not each.startswith("data:")]
+    elsewhere = [
+        each for each in asked if urlsplit(each).netloc != urlsplit(url).netloc and not each.startswith("data:")
+    ]
     assert not elsewhere, elsewhere
     assert not told, told
     context.close()
@@ -64,7 +67,7 @@ def chat(browser: Browser) -> None:
     """Two turns, with thoughts; then one that is stopped; then a new chat."""
     with opened(browser, given["chat"]) as (page, _):
         for turn in range(2):
-            ask(page, "Hello?")
+            ask(page, QUESTION)
             answered(page)
             last = page.locator(".lane").nth(turn)
             assert last.locator("> .text").text_content() == given["text"], last.inner_html()
@@ -78,12 +81,12 @@ def chat(browser: Browser) -> None:
         page.locator("#stop").click()
         answered(page)
         rests(given["chat"])
-        ask(page, "Hello?")
+        ask(page, QUESTION)
         answered(page)
         assert page.locator(".fault").count() == 0, page.locator(".fault").all_text_contents()
         page.locator("#fresh").click()
         assert page.locator(".turn").count() == 0
-        ask(page, "Hello?")
+        ask(page, QUESTION)
         answered(page)
         assert page.locator(".lane > .text").text_content() == given["text"]
 
@@ -170,4 +173,8 @@ with sync_playwright() as playwright:
     version = chromium.version
     chromium.close()
 remarks = "colours, figures, race, thoughts, errors, key, dark and narrow; asks no other host"
-print(json.dumps({"version": version, "streams": "yes", "stops": "yes", "calls": "-", "continues": "-", "remarks": remarks}))
+print(
+    json.dumps(
+        {"version": version, "streams": "yes", "stops": "yes", "calls": "-", "continues": "-", "remarks": remarks}
+    )
+)
