@@ -9,7 +9,7 @@ from clients.serving import NAME
 
 CONTEXT, OUTPUT = 131072, 8192
 OLD, NEW = "def greet(name):", "def welcome(name):"
-FENCE = "```"
+BLOCK = f"I rename it.\n\ngreet.py\n```python\n<<<<<<< SEARCH\n{OLD}\n=======\n{NEW}\n>>>>>>> REPLACE\n```\n"
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ AGENTS = (
             "OPENAI_API_KEY": "x",
             "LITELLM_LOCAL_MODEL_COST_MAP": "True",
         },
-        text=f"I rename it.\n\ngreet.py\n{FENCE}python\n<<<<<<< SEARCH\n{OLD}\n=======\n{NEW}\n>>>>>>> REPLACE\n{FENCE}\n",
+        text=BLOCK,
         remark="edits as text, calls no tools",
     ),
     Agent(
