@@ -67,8 +67,13 @@ def chat(browser: Browser) -> None:
     """Two turns, with thoughts; then one that is stopped; then a new chat."""
     with opened(browser, given["chat"]) as (page, _):
         for turn in range(2):
-            ask(page, QUESTION)
+            with page.expect_request("**/chat/completions") as asked:
+                ask(page, QUESTION)
             answered(page)
+            told = asked.value.post_data_json["messages"]
+            assert [message["role"] for message in told] == ["user", "assistant"] * turn + ["user"]
+            assert all(message["content"] in (QUESTION, given["text"]) for message in told)
+            assert all(message["reasoning_content"].strip() == given["thought"] for message in told[1::2])
             last = page.locator(".lane").nth(turn)
             assert last.locator("> .text").text_content() == given["text"], last.inner_html()
             assert last.locator("details .text").text_content().strip() == given["thought"]
@@ -86,8 +91,10 @@ def chat(browser: Browser) -> None:
         assert page.locator(".fault").count() == 0, page.locator(".fault").all_text_contents()
         page.locator("#fresh").click()
         assert page.locator(".turn").count() == 0
-        ask(page, QUESTION)
+        with page.expect_request("**/chat/completions") as asked:
+            ask(page, QUESTION)
         answered(page)
+        assert len(asked.value.post_data_json["messages"]) == 1
         assert page.locator(".lane > .text").text_content() == given["text"]
 
 
