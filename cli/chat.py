@@ -11,6 +11,7 @@ import typer
 from mtp_mlx.cli.display import Notes, Progress, Writer, note, stats_table
 from mtp_mlx.cli.options import (
     Adapter,
+    Cached,
     Drafter,
     DrafterBits,
     Dtype,
@@ -19,7 +20,6 @@ from mtp_mlx.cli.options import (
     Parts,
     PromptCache,
     parse_depth,
-    parse_prompt_cache,
 )
 from mtp_mlx.conversation import Conversations
 from mtp_mlx.dialects import find_dialect
@@ -69,7 +69,7 @@ def command(
     Example: mtp-mlx chat --model google/gemma-4-E4B-it --temp 1 --top-p 0.95
     """
     options = Options(max_tokens, parse_depth(depth), choose_sampler(temp, top_p, min_p, top_k), seed=seed)
-    cached = parse_prompt_cache(prompt_cache)
+    cached = Cached(prompt_cache)
     with Notes(verbose) as notes:
         loaded = Parts(model, drafter, dtype, drafter_bits, kv_bits, adapter).load()
         if not loaded.tokenizer.has_chat_template:
@@ -77,7 +77,7 @@ def command(
         if verbose or (drafter == "auto" and not loaded.expected):
             note(f"drafter: {loaded.drafter or 'none'} ({loaded.drafter_reason})")
         notes.show()
-        Conversation(loaded, system, think, options, cached, notes).run()
+        Conversation(loaded, system, think, options, cached.open(loaded), notes).run()
 
 
 class Conversation:
@@ -89,7 +89,7 @@ class Conversation:
         system: str | None,
         thinking: bool | None,
         options: Options,
-        cached: int,
+        prefixes: Prefixes,
         notes: Notes,
     ):
         self._loaded, self._thinking, self._notes = loaded, thinking, notes
@@ -98,7 +98,7 @@ class Conversation:
         self._dialect = find_dialect(loaded.tokenizer.get_vocab())
         self._options = replace(options, stops=self._dialect.stops)
         self._conversations = Conversations(loaded.tokenizer, self._dialect)
-        self._engine = Engine(loaded.pair, loaded.tokenizer, Prefixes(loaded.pair, cached))
+        self._engine = Engine(loaded.pair, loaded.tokenizer, prefixes)
         self._last: Piece | None = None
 
     def run(self) -> None:

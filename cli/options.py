@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 import mlx.core as mx
@@ -12,6 +13,8 @@ from mtp_mlx.cli.display import loading
 from mtp_mlx.drafter_bits import Bits
 from mtp_mlx.errors import RequestError
 from mtp_mlx.loading import Loaded, load_pair
+from mtp_mlx.prefixes import Prefixes
+from mtp_mlx.store import Store, identity
 
 Model = Annotated[
     str, typer.Option(help="Folder or hub id of the target; 'demo' and 'demo-qwen' are built in and work offline.")
@@ -45,6 +48,8 @@ PromptCache = Annotated[
         help="Memory for what was read before, such as 512MB or 4GB; 'auto' is a quarter of what is free, 0 none."
     ),
 ]
+
+DISK = 10 * 10**9  # bytes of the prompt cache on disk, unless told otherwise
 
 DTYPES = {"auto": None, "float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 _BITS: dict[str, int | None] = {"none": None, "8": 8, "4": 4}
@@ -105,11 +110,36 @@ def parse_depth(depth: str) -> int | str:
         raise RequestError(f"--depth {depth} is neither 'auto' nor a number of drafts") from None
 
 
-def parse_prompt_cache(given: str) -> int:
-    """Bytes, once the model is loaded. Raises RequestError for anything but a size."""
+def parse_size(given: str, option: str) -> int | None:
+    """Bytes, None for 'auto'. Raises RequestError for anything but a size."""
     if given == "auto":
-        return max(0, memory.free_bytes()) // 4
+        return None
     size = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]?)b?", given.strip(), re.IGNORECASE)
     if size is None:
-        raise RequestError(f"--prompt-cache {given} is neither 'auto' nor a size such as 512MB or 4GB")
+        raise RequestError(f"{option} {given} is neither 'auto' nor a size such as 512MB or 4GB")
     return int(float(size[1]) * {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}[size[2].lower()])
+
+
+@dataclass(frozen=True)
+class Cached:
+    """The prompt cache as it was asked for. Raises RequestError for what is no size."""
+
+    memory: str = "auto"
+    folder: Path | None = None
+    disk: str = "auto"
+
+    def __post_init__(self) -> None:
+        parse_size(self.memory, "--prompt-cache")
+        parse_size(self.disk, "--prompt-cache-disk")
+        if self.folder is None and self.disk != "auto":
+            raise RequestError(f"--prompt-cache-disk {self.disk} bounds --prompt-cache-dir, which is not given")
+
+    def open(self, loaded: Loaded) -> Prefixes:
+        """For a pair that has been loaded, in a part of the memory that it leaves free."""
+        held, kept = parse_size(self.memory, "--prompt-cache"), parse_size(self.disk, "--prompt-cache-disk")
+        if held is None:
+            held = max(0, memory.free_bytes()) // 4
+        store = None
+        if self.folder is not None:
+            store = Store.open(self.folder, identity(loaded), DISK if kept is None else kept)
+        return Prefixes(loaded.pair, held, store=store)

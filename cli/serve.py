@@ -4,6 +4,7 @@ import logging
 import secrets
 import signal
 import socket
+import threading
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
@@ -14,6 +15,7 @@ import typer
 from mtp_mlx.cli.display import Notes, note
 from mtp_mlx.cli.options import (
     Adapter,
+    Cached,
     Drafter,
     DrafterBits,
     Dtype,
@@ -22,13 +24,11 @@ from mtp_mlx.cli.options import (
     Parts,
     PromptCache,
     parse_depth,
-    parse_prompt_cache,
 )
 from mtp_mlx.engine import SLOTS, Engine
 from mtp_mlx.errors import RequestError
 from mtp_mlx.hub import DEMO
 from mtp_mlx.loading import Loaded
-from mtp_mlx.prefixes import Prefixes
 from mtp_mlx.sampling import choose_sampler
 from mtp_mlx.server.app import make_app
 from mtp_mlx.server.guard import LOOPBACK, Access
@@ -78,6 +78,13 @@ def command(
     ] = None,
     parallel: Annotated[int, typer.Option(min=1, max=64, help="Requests that are worked on in turn.")] = SLOTS,
     prompt_cache: PromptCache = "auto",
+    prompt_cache_dir: Annotated[
+        Path | None,
+        typer.Option(help="Folder in which what was read is kept for the time after a restart; unencrypted."),
+    ] = None,
+    prompt_cache_disk: Annotated[
+        str, typer.Option(help="What that folder may take, such as 4GB; 'auto' is 10GB.")
+    ] = "auto",
     dtype: Dtype = "auto",
     drafter_bits: DrafterBits = "auto",
     kv_bits: KvBits = "none",
@@ -89,15 +96,16 @@ def command(
     """
     defaults = Defaults(max_tokens, temp, top_p, top_k, min_p, parse_depth(depth), thinking)
     _check(defaults, log_level)
-    cached = parse_prompt_cache(prompt_cache)
+    cached = Cached(prompt_cache, prompt_cache_dir, prompt_cache_disk)
     key = choose_key(host, _read_key(api_key, api_key_file))
     access = Access.of(host, (*(allow_host or ()), socket.gethostname()), tuple(allow_origin or ()), key)
     with Notes(log_level == "debug") as notes, listen(host, port) as bound:
         loaded = Parts(model, drafter, dtype, drafter_bits, kv_bits, adapter).load()
         notes.show()
         _report(log_level)
-        engine = Engine(loaded.pair, loaded.tokenizer, Prefixes(loaded.pair, cached), slots=parallel)
+        engine = Engine(loaded.pair, loaded.tokenizer, cached.open(loaded), slots=parallel)
         service = Service.of(loaded, engine, slots=parallel, names=tuple(name or ()), context=ctx, defaults=defaults)
+        threading.Thread(target=service.prepare, daemon=True).start()
         bound.listen()  # who comes at once is answered as soon as the application is made
         _announce(loaded, service, bound, key if key and not (api_key or api_key_file) else None)
         _run(service, access, bound)

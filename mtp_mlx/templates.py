@@ -47,7 +47,8 @@ class Template:
         """What the template takes."""
         if self._failure is not None:
             raise CheckpointError(
-                f"the model's chat template fails ({_line(self._failure)}); mend it, or give text to continue"
+                f"the model's chat template fails ({_line(self._failure)}); mend it, or have plain text continued "
+                "(--ignore-chat-template)"
             )
         calls = self._calls()
         return Traits(

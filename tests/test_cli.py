@@ -16,7 +16,8 @@ from loopback import Loopback
 VARIANT = str(FIXTURES / "gemma4_keqv")
 QWEN = str(FIXTURES / "qwen3_5_dense")
 FIGURES = {
-    "text", "tokens", "prompt_tokens", "prompt_tps", "generation_tokens", "generation_tps", "ttft_s",
+    "text", "tokens", "prompt_tokens",
+    "cached_tokens", "prompt_tps", "generation_tokens", "generation_tps", "ttft_s",
     "finish_reason", "rounds", "tokens_per_round", "drafted", "accepted", "accepted_per_position",
     "copied", "copied_accepted", "compiled",
     "commit_ms", "draft_ms", "verify_ms", "host_ms", "depth", "depth_reason", "alarm", "memory", "model",

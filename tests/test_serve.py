@@ -21,6 +21,8 @@ MODEL = str(FIXTURES / "gemma4_keqv")
     [
         (["--log-level", "loud"], "--log-level loud is not one of debug, info, warning, error"),
         (["--prompt-cache", "much"], "--prompt-cache much"),
+        (["--prompt-cache-dir", "x", "--prompt-cache-disk", "-4"], "--prompt-cache-disk -4"),
+        (["--prompt-cache-disk", "4GB"], "--prompt-cache-dir, which is not given"),
         (["--max-tokens", "0"], "--max-tokens 0"),
         (["--depth", "deep"], "--depth deep"),
         (["--temp", "-1"], "temperature"),
@@ -56,6 +58,7 @@ def test_it_serves_until_a_signal(number: signal.Signals, tmp_path: Path) -> Non
     key = tmp_path / "key"
     key.write_text("k3y\n")
     arguments = ["serve", "--model", MODEL, "--port", "0", "--api-key-file", str(key), "--name", "tiny"]
+    arguments += ["--prompt-cache-dir", str(tmp_path / "kept"), "--prompt-cache-disk", "1MB"]
     code = "import sys; from mtp_mlx.cli.main import main; sys.argv[0] = 'mtp-mlx'; main()"
     with subprocess.Popen([sys.executable, "-c", code, *arguments], stderr=subprocess.PIPE, text=True) as served:
         try:
@@ -67,6 +70,8 @@ def test_it_serves_until_a_signal(number: signal.Signals, tmp_path: Path) -> Non
     assert any(told.startswith("model: tiny, context 1024") for told in said)
     assert any(told.startswith("drafter: ") and "lies in the target's folder" in told for told in said)
     assert "k3y" not in "".join(said)
+    (pair,) = (tmp_path / "kept").iterdir()
+    assert pair.is_dir() and pair.stat().st_mode & 0o777 == 0o700
     assert served.returncode == 0, rest
     assert "GET /v1/models 200 ok" in rest and "Traceback" not in rest
 

@@ -5,7 +5,7 @@ from served import Served
 from served import _shared as _shared  # fixtures
 from served import served as served
 
-PAGE = Path(__file__).parent.parent / "server" / "page.html"
+PAGE = Path(__file__).parent.parent / "mtp_mlx" / "server" / "page.html"
 
 
 def test_the_page_is_served_to_browsers_and_may_load_and_ask_nothing_elsewhere(served: Served) -> None:

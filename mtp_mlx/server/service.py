@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -11,7 +12,8 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mtp_mlx.conversation import Conversations
 from mtp_mlx.dialects import Dialect, find_dialect
 from mtp_mlx.engine import Engine
-from mtp_mlx.grammar import Guide
+from mtp_mlx.errors import RequestError
+from mtp_mlx.grammar import Grammar, Guide
 from mtp_mlx.infill import Infill, find_infill
 from mtp_mlx.loading import Loaded
 from mtp_mlx.server.refusal import RefusedError
@@ -89,6 +91,11 @@ class Service:
     def guide(self) -> Guide:
         """What grammars have to know. Raises RequestError for a tokenizer that cannot be taken apart."""
         return self.make_guide()
+
+    def prepare(self) -> None:
+        """Take the tokenizer apart, which takes seconds, before a grammar is asked for."""
+        with suppress(RequestError):  # whoever asks for a grammar is told
+            Grammar.json_object(self.guide)
 
     @property
     def name(self) -> str:
