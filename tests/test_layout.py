@@ -395,7 +395,8 @@ def test_every_module_is_described() -> None:
 @pytest.mark.parametrize("path", sorted(Path(__file__).parent.glob("test_*.py")), ids=lambda path: path.stem)
 def test_every_test_file_has_a_subject(path: Path) -> None:
     subject = path.stem.removeprefix("test_")
-    known = {name.split(".")[-1] for name in _modules()} | {"layout", "readme", "demo", "wheel", "cli", "server_schema"}
+    known = {name.split(".")[-1] for name in _modules()} | {"layout", "readme", "demo", "wheel", "cli"}
+    known |= {"server_page", "server_schema"}
     known |= {name.removeprefix("mtp_mlx.").replace(".", "_") for name in _modules()}
     assert subject in known
 

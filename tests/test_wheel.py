@@ -16,6 +16,8 @@ def test_the_wheel_runs_the_demo_from_another_folder(tmp_path: Path) -> None:
     assert len(names) == len(set(names)) and "mtp_mlx/demo/assistant/model.safetensors" in names
     assert "mtp_mlx/demo_qwen/model.safetensors" in names
     assert {"mtp_mlx/pairs.toml", "mtp_mlx/chips.toml"} <= set(names)
+    assert "mtp_mlx/server/page.html" in names
+    assert {"mtp_mlx/server/app.py", "mtp_mlx/server/page.html"} <= set(names)
     assert "mtp_mlx/models/gemma4.py" in names and "mtp_mlx/py.typed" in names
 
     site = tmp_path / "site"
