@@ -1,18 +1,10 @@
 """`mtp-mlx serve`: a model behind OpenAI's and llama.cpp's HTTP interfaces."""
 
-import logging
-import secrets
-import signal
-import socket
-import threading
-from contextlib import suppress
 from pathlib import Path
-from types import FrameType
 from typing import Annotated
 
 import typer
 
-from mtp_mlx.cli.display import Notes, note
 from mtp_mlx.cli.options import (
     Adapter,
     Cached,
@@ -25,19 +17,8 @@ from mtp_mlx.cli.options import (
     PromptCache,
     parse_depth,
 )
-from mtp_mlx.engine import SLOTS, Engine
-from mtp_mlx.errors import RequestError
+from mtp_mlx.engine import SLOTS
 from mtp_mlx.hub import DEMO
-from mtp_mlx.loading import Loaded
-from mtp_mlx.sampling import choose_sampler
-from mtp_mlx.server.app import make_app
-from mtp_mlx.server.guard import LOOPBACK, Access
-from mtp_mlx.server.limits import Limits
-from mtp_mlx.server.run import Server, listen
-from mtp_mlx.server.service import Defaults, Service
-
-LEVELS = ("debug", "info", "warning", "error")
-_CLOSING = 5.0  # seconds for the engine to end
 
 
 def command(
@@ -94,84 +75,12 @@ def command(
 
     Example: mtp-mlx serve --model google/gemma-4-E4B-it --port 8080
     """
+    # Web frameworks take half a second to be imported, which the other commands shall not wait for.
+    from mtp_mlx.cli.serving import Door, serve
+    from mtp_mlx.server.service import Defaults
+
+    door = Door(host, port, tuple(allow_host or ()), tuple(allow_origin or ()), api_key, api_key_file)
     defaults = Defaults(max_tokens, temp, top_p, top_k, min_p, parse_depth(depth), thinking)
-    _check(defaults, log_level)
+    parts = Parts(model, drafter, dtype, drafter_bits, kv_bits, adapter)
     cached = Cached(prompt_cache, prompt_cache_dir, prompt_cache_disk)
-    key = choose_key(host, _read_key(api_key, api_key_file))
-    access = Access.of(host, (*(allow_host or ()), socket.gethostname()), tuple(allow_origin or ()), key)
-    with Notes(log_level == "debug") as notes, listen(host, port) as bound:
-        loaded = Parts(model, drafter, dtype, drafter_bits, kv_bits, adapter).load()
-        notes.show()
-        _report(log_level)
-        engine = Engine(loaded.pair, loaded.tokenizer, cached.open(loaded), slots=parallel)
-        service = Service.of(loaded, engine, slots=parallel, names=tuple(name or ()), context=ctx, defaults=defaults)
-        threading.Thread(target=service.prepare, daemon=True).start()
-        bound.listen()  # who comes at once is answered as soon as the application is made
-        _announce(loaded, service, bound, key if key and not (api_key or api_key_file) else None)
-        _run(service, access, bound)
-
-
-def choose_key(host: str, given: str | None) -> str | None:
-    """The key that clients have to send: the given one, or a new one where others can reach the server."""
-    if given is not None or host.lower() in LOOPBACK:
-        return given
-    return secrets.token_urlsafe(24)
-
-
-def _check(defaults: Defaults, log_level: str) -> None:
-    if log_level not in LEVELS:
-        raise RequestError(f"--log-level {log_level} is not one of {', '.join(LEVELS)}")
-    if defaults.max_tokens == 0 or defaults.max_tokens < -1:
-        raise RequestError(f"--max-tokens {defaults.max_tokens} is neither -1 nor at least 1")
-    choose_sampler(defaults.temperature, defaults.top_p, defaults.min_p, defaults.top_k)
-
-
-def _read_key(key: str | None, file: Path | None) -> str | None:
-    if key is not None and file is not None:
-        raise RequestError("--api-key and --api-key-file are both given; leave one out")
-    if file is not None:
-        try:
-            key = file.read_text("utf-8").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise RequestError(f"--api-key-file {file} cannot be read: {error}") from None
-    if key is not None and not key.strip():
-        raise RequestError("the API key is empty; give one, or leave it out")
-    return key
-
-
-def _report(level: str) -> None:
-    """From now on what happens is written line by line."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-    for name, least in (("mtp_mlx", level.upper()), ("uvicorn.error", "WARNING")):
-        log = logging.getLogger(name)
-        log.handlers, log.propagate = [handler], False
-        log.setLevel(least)
-
-
-def _announce(loaded: Loaded, service: Service, bound: socket.socket, new_key: str | None) -> None:
-    address, port = bound.getsockname()[:2]
-    shown = f"[{address}]" if ":" in address else address
-    note(f"model: {service.name}, context {service.context}")
-    note(f"drafter: {loaded.drafter or 'none'} ({loaded.drafter_reason})")
-    if loaded.adapter:
-        note(f"adapter: {loaded.adapter}")
-    if new_key:
-        note(f"others can reach this address, so clients have to send this key: {new_key}")
-    note(f"listening on http://{shown}:{port} (API under /v1); Ctrl-C ends it")
-
-
-def _run(service: Service, access: Access, bound: socket.socket) -> None:
-    """Until a signal comes; uvicorn ends in good order and then raises it again."""
-    limits = Limits()
-    before = signal.signal(signal.SIGTERM, _interrupt)
-    try:
-        with suppress(KeyboardInterrupt):
-            Server(make_app(service, limits, access), service.engine, limits).run([bound])
-    finally:
-        signal.signal(signal.SIGTERM, before)
-        service.engine.close(_CLOSING)
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+    serve(parts, cached, door, defaults, tuple(name or ()), ctx, parallel, log_level)

@@ -301,14 +301,13 @@ ALLOWED = {
         "server.writing",
     },
     "mtp_mlx.server.run": {"engine", "errors", "server.limits", "server.refusal"},
-    "mtp_mlx.cli.serve": {
+    "mtp_mlx.cli.serve": {"cli.options", "cli.serving", "engine", "hub", "server.service"},
+    "mtp_mlx.cli.serving": {
         "cli.display",
         "cli.options",
         "engine",
         "errors",
-        "hub",
         "loading",
-        "prefixes",
         "sampling",
         "server.app",
         "server.guard",

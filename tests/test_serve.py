@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import FIXTURES, program
 
-from mtp_mlx.cli.serve import choose_key
+from mtp_mlx.cli.serving import Door
 from mtp_mlx.server.run import listen
 
 MODEL = str(FIXTURES / "gemma4_keqv")
@@ -47,10 +47,15 @@ def test_a_port_in_use_is_refused_before_anything_is_loaded() -> None:
 
 
 def test_others_need_a_key() -> None:
-    assert choose_key("127.0.0.1", None) is None and choose_key("localhost", None) is None
-    assert choose_key("127.0.0.1", "k") == choose_key("0.0.0.0", "k") == "k"
-    made = choose_key("0.0.0.0", None)
-    assert made is not None and len(made) > 20 and made != choose_key("192.168.1.5", None)
+    assert Door("127.0.0.1", 0).choose_key() == Door("localhost", 0).choose_key() == (None, False)
+    assert Door("127.0.0.1", 0, key="k").choose_key() == Door("0.0.0.0", 0, key="k").choose_key() == ("k", False)
+    made, new = Door("0.0.0.0", 0).choose_key()
+    assert made is not None and len(made) > 20 and new and (made, new) != Door("192.168.1.5", 0).choose_key()
+
+
+def test_other_commands_do_not_wait_for_web_frameworks() -> None:
+    code = "import sys, mtp_mlx.cli.main; sys.exit(any(name in sys.modules for name in ('fastapi', 'uvicorn')))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
