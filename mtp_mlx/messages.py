@@ -102,7 +102,22 @@ def _arguments(given: Any, where: str) -> dict[str, Any]:
         raise RequestError(f"{where} is not JSON: {_short(given)}; give an object, written as JSON") from None
     if not isinstance(value, Mapping):
         raise RequestError(f"{where} is {_kind(value)}; give an object, written as JSON")
-    return dict(value)
+    return _encodable(value)
+
+
+def _encodable(value: Mapping[str, Any]) -> dict[str, Any]:
+    """With ? for halves of surrogate pairs, which models write as escapes and no tokenizer takes."""
+    text = json.dumps(value, ensure_ascii=False)
+    found: dict[str, Any] = dict(value) if _is_text(text) else json.loads(text.encode("utf-8", "replace"))
+    return found
+
+
+def _is_text(given: str) -> bool:
+    try:
+        given.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _refuse(constant: str) -> None:

@@ -1,5 +1,6 @@
 """Bodies of requests: what is out of bounds or unknown is refused by name, what changes nothing is taken."""
 
+import json
 from typing import Any
 
 import pytest
@@ -100,6 +101,21 @@ def test_messages_are_taken_as_clients_send_them_back(served: Served) -> None:
     served.says("Yes.")
     answer = served.post(CHAT, messages=messages, tools=[TOOL], reasoning_effort="none", depth=0)
     assert answer["choices"][0]["message"]["content"] == "Yes."
+
+
+def test_arguments_that_our_own_answer_had_are_taken_back(served: Served) -> None:
+    arguments = '{"o":{"x":"a\\ud800","\\udc00":["\\ud83d\\ude00"]}}'
+    spoken = arguments.removeprefix('{"o":')[:-1]
+    served.says(f"<tool_call>\n<function=f>\n<parameter=o>\n{spoken}\n</parameter>\n</function>\n</tool_call>")
+    parameters = {"type": "object", "properties": {"o": {"type": "object"}}}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
+    asked: dict[str, Any] = {"tools": tools, "reasoning_effort": "none", "depth": 0}
+    said = served.post(CHAT, messages=USER, **asked)["choices"][0]["message"]
+    assert json.loads(said["tool_calls"][0]["function"]["arguments"]) == json.loads(arguments)
+    result = {"role": "tool", "tool_call_id": said["tool_calls"][0]["id"], "content": "done"}
+    rendered = served.post("/apply-template", messages=[*USER, said, result], tools=tools)["prompt"]
+    assert '{"x": "a?", "?": ["\U0001f600"]}' in rendered
+    served.says("Fine.").post(CHAT, messages=[*USER, said, result], **asked)
 
 
 def test_numbers_that_json_does_not_know_are_refused(served: Served) -> None:
