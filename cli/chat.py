@@ -110,6 +110,8 @@ class Conversation:
                     self._take(line)
                 except MTPError as error:  # the conversation goes on without what could not be answered
                     note(f"mtp-mlx: {error}")
+                except KeyboardInterrupt:  # before the answer began, or when it was over
+                    note("broken off")
         finally:
             self._engine.close()
 
@@ -132,16 +134,21 @@ class Conversation:
         prompt = self._conversations.prompt(asked, thinking=self._thinking)
         stream = self._engine.stream(Request(prompt.ids, self._options, marks=prompt.marks))
         answer = Answer(Parser(self._dialect, tools={}, starts_thinking=prompt.starts_thinking))
-        with Progress() as progress, suppress(KeyboardInterrupt):
-            for event in stream:
-                if isinstance(event, Piece):
-                    answer.take(event)
-                    self._last = event
-                else:
-                    progress(event.done, event.total)
-        stream.close()
-        answer.finish()
+        try:
+            with Progress() as progress, suppress(KeyboardInterrupt):
+                for event in stream:
+                    if isinstance(event, Piece):
+                        answer.take(event)
+                        self._last = event
+                    else:
+                        progress(event.done, event.total)
+        finally:
+            stream.close()
+            answer.finish()
         self._notes.show()
+        if not answer.ids:
+            note("broken off before the answer began; the message is forgotten")
+            return
         self._conversations.remember([*prompt.ids, *answer.ids])
         self._said = [*asked, answer.message()]
 
@@ -185,7 +192,9 @@ def _lines() -> Iterator[str]:
         try:
             line = _line("> " if asking else "")
             while line.endswith("\\"):
-                line = line[:-1] + "\n" + _line(". " if asking else "")
+                line = line[:-1]
+                with suppress(EOFError):  # the next line there is not
+                    line += "\n" + _line(". " if asking else "")
         except EOFError:
             return
         except KeyboardInterrupt:

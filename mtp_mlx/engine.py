@@ -9,6 +9,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Literal, NamedTuple, cast
 
 import mlx.core as mx
@@ -95,12 +96,15 @@ class Engine:
         slots: int = SLOTS,
         waiting: int = WAITING,
     ):
-        self._pair, self._tokenizer, self._prefixes = pair, tokenizer, prefixes
+        self._pair, self._tokenizer = pair, tokenizer
+        self._prefixes = prefixes or Prefixes(pair, 0)  # it knows what texts have been promised, if nothing else
         self._slots, self._room = slots, waiting
         self._waiting: deque[_Job] = deque()
         self._live: deque[_Job] = deque()
         self._changed = threading.Condition()  # of `_waiting` and `_closed`
         self._closed = False
+        self._turns = 0  # since a newcomer was let in
+        self._full = False  # a newcomer has found no memory; nobody has left since
         self._usage = prefixes.usage if prefixes else None  # the cache itself belongs to the thread
         self._thread = threading.Thread(target=self._work, name="mtp-mlx engine", daemon=True)
         self._thread.start()
@@ -139,54 +143,99 @@ class Engine:
         self._thread.join(timeout)
 
     def _work(self) -> None:
-        with wired():
-            while not self._closed:
-                self._admit()
-                if not self._live:
-                    self._idle()
-                elif all(job.rests for job in self._live):
-                    self._wait(REST)
-                else:
-                    self._slice()
+        try:
+            with wired():
+                self._serve()
+        except Exception:
+            _log.exception("a fault ended the engine")
+        self._end()
+
+    def _serve(self) -> None:
+        while not self._closed:
+            self._admit()
+            self._turns += 1
+            if not self._live:
+                self._idle()
+            elif all(job.rests for job in self._live):
+                self._wait(REST)
+            else:
+                self._slice()
+
+    def _end(self) -> None:
+        """Whoever waits is told, however it came about."""
+        with self._changed:
+            self._closed = True
         for job in (*self._live, *self._waiting):
             job.fail(BusyError("the engine was closed"))
-        if self._prefixes:
-            self._prefixes.close()
+        self._prefixes.close()
         # A stream of a thread that has ended aborts the program at its exit, if an array still knows it.
         mx.clear_streams()
 
     def _slice(self) -> None:
         """Give the next request its turn."""
         job = self._live[0]
-        if job.rests or job.go_on():
-            self._live.rotate(-1)
-        else:
-            self._live.popleft()
-            self._count()
+        try:
+            if job.rests or job.go_on():
+                self._live.rotate(-1)
+                return
+        except BusyError:
+            self._put_back(job)
+            return
+        self._live.popleft()
+        self._full = False
+        self._count()
+
+    def _put_back(self, job: "_Job") -> None:
+        """It is the first of those who wait until somebody has left, and memory with him."""
+        job.begin()
+        with self._changed:
+            self._live.remove(job)
+            self._waiting.appendleft(job)
+        self._full = True
 
     def _count(self) -> None:
-        self._usage = self._prefixes.usage if self._prefixes else None
+        if self._usage:
+            self._usage = self._prefixes.usage
 
     def _admit(self) -> None:
-        """Newcomers have the next turn, behind those who have left: what was read for them may be of use."""
+        """A newcomer has the next turn, behind those who have left: what was read for them may be of use.
+
+        Between two newcomers somebody else has a turn, or a crowd of short requests would hold up the others.
+        """
         for job in [job for job in self._live if job.cancelled.is_set()]:
             job.go_on()
             self._live.remove(job)
-        while self._waiting and len(self._live) < self._slots:
-            self._live.appendleft(self._waiting.popleft())
+            self._full = False
+        with self._changed:
+            if self._waiting and (not self._live or (self._free and self._turns > 1)):
+                self._live.appendleft(self._waiting.popleft())
+                self._turns = 0
+
+    @property
+    def _free(self) -> bool:
+        """Whether there is a place for a newcomer."""
+        return len(self._live) < self._slots and not self._full
 
     def _idle(self) -> None:
         """Wait for somebody; what is to outlive the program is written once nobody has come for a while."""
         self._wait(SETTLED)
-        while not self._waiting and not self._closed and self._prefixes and self._prefixes.flush(FLUSH):
+        while not self._waiting and not self._closed and self._flush():
             pass
         self._count()
         self._wait(None)
 
+    def _flush(self) -> bool:
+        """Write something of the prompt cache; whether more is left."""
+        try:
+            return self._prefixes.flush(FLUSH)
+        except Exception:  # whatever it is, requests go on
+            _log.exception("a fault while writing the prompt cache")
+            return False
+
     def _wait(self, seconds: float | None) -> None:
         """Until somebody asks, or the engine is closed."""
         with self._changed:
-            if not self._closed and not (self._waiting and len(self._live) < self._slots):
+            if not self._closed and not (self._waiting and self._free):
                 self._changed.wait(seconds)
 
 
@@ -212,7 +261,8 @@ class Stream:
         if isinstance(event, BaseException):
             self._ended = True
             raise event
-        self._ended = isinstance(event, Piece) and event.finish_reason is not None
+        # None: somebody has closed it meanwhile.
+        self._ended = event is None or (isinstance(event, Piece) and event.finish_reason is not None)
         return event
 
     def __iter__(self) -> Iterator[Event]:
@@ -225,9 +275,10 @@ class Stream:
         return event
 
     def close(self) -> None:
-        """Nobody wants more of it."""
+        """Nobody wants more of it. A reader that waits for the next event gets none."""
         self._ended = True
         self._job.cancelled.set()
+        self._job.events.put(None)
 
     def __del__(self) -> None:
         self._job.cancelled.set()
@@ -236,8 +287,8 @@ class Stream:
 class _Job:
     """A request that is being served, on the engine's thread; its events go to the reader's."""
 
-    def __init__(self, pair: Pair, tokenizer: TokenizerWrapper, prefixes: Prefixes | None, request: Request):
-        self.events: queue.SimpleQueue[Event | BaseException] = queue.SimpleQueue()
+    def __init__(self, pair: Pair, tokenizer: TokenizerWrapper, prefixes: Prefixes, request: Request):
+        self.events: queue.SimpleQueue[Event | BaseException | None] = queue.SimpleQueue()
         self.cancelled = threading.Event()
         self.told: Callable[[], None] | None = None
         self._request = request
@@ -245,8 +296,12 @@ class _Job:
         self._held: deque[Token] = deque()  # tokens in whose text a stop text may have begun
         self._free = 0  # characters of them that are certain
         options = replace(request.options, prefill_step_size=min(CHUNK, request.options.prefill_step_size))
-        # Nothing of it runs before the first slice.
-        self._source = generation(pair, tokenizer, request.prompt, options, prefixes, request.marks)
+        self._generation = partial(generation, pair, tokenizer, request.prompt, options, prefixes, request.marks)
+        self.begin()
+
+    def begin(self) -> None:
+        """Begin, or begin anew where nothing has come yet. Nothing runs before the first slice."""
+        self._source = self._generation()
 
     @property
     def rests(self) -> bool:
@@ -254,11 +309,13 @@ class _Job:
         return self.events.qsize() >= AHEAD and not self.cancelled.is_set()
 
     def go_on(self) -> bool:
-        """One slice; whether there is more to do."""
+        """One slice; whether there is more to do. Raises BusyError where it cannot begin yet."""
         try:
             if not self.cancelled.is_set():
                 return self._slice()
             self._source.close()
+        except BusyError:
+            raise
         except MTPError as error:
             self.fail(error)
         except Exception as error:  # whatever it is, other requests go on
@@ -267,8 +324,11 @@ class _Job:
         return False
 
     def fail(self, error: Exception) -> None:
-        """End it with an error for its reader."""
-        self._source.close()
+        """End it with an error for its reader, even where it cannot be ended well."""
+        try:
+            self._source.close()
+        except Exception:
+            _log.exception("a fault while a request was ended")
         self._tell(error)
 
     def _slice(self) -> bool:
@@ -285,8 +345,11 @@ class _Job:
 
     def _tell(self, event: Event | BaseException) -> None:
         self.events.put(event)
-        if self.told:
-            self.told()
+        try:
+            if self.told:
+                self.told()
+        except Exception:  # it is not the engine's
+            _log.exception("a fault of one who watches a request")
 
     def _emit(self, responses: list[Response]) -> bool:
         """Hand on the tokens of a round; whether it was the last one."""

@@ -13,7 +13,7 @@ from mlx_lm.generate import GenerationResponse
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import maybe_set_recommended_wired_limit
 
-from mtp_mlx.admission import admit
+from mtp_mlx.admission import Admission, admit
 from mtp_mlx.choosing import Callables, Drafts, Rules
 from mtp_mlx.copying import Copies
 from mtp_mlx.depth import Depth, choose_depth
@@ -128,12 +128,13 @@ def generation(
     # At depth 0 nobody has to keep a drafter up to date, unless others go on from here.
     running = pair if prefixes or options.depth != 0 else replace(pair, drafter=NOBODY)
     prefixes = prefixes or Prefixes(running, 0)
-    budget = _admitted(running, ids, options, prefixes)
+    admission = _admitted(running, ids, options, prefixes)
+    budget = admission.tokens
     copies = _copies(tokenizer, ids, options, pair.target.vocabulary)
     seed = draw_seed() if options.seed is None else options.seed
     chooser = _chooser(pair, tokenizer, options)
     mx.reset_peak_memory()
-    with _policy(pair, options) as policy, prefixes.open(ids, chooser, seed) as text:
+    with _policy(pair, options) as policy, prefixes.open(ids, chooser, seed, admission.promised) as text:
         if options.grammar:
             text.sequence.grammar = options.grammar.start(thinking=options.thinking, frees=options.frees)
         yield Progress(text.cached, len(ids), text.cached)
@@ -157,15 +158,19 @@ def generation(
                 return
 
 
-def _admitted(pair: Pair, ids: list[int], options: Options, prefixes: Prefixes) -> int:
-    """How many tokens may follow a prompt; room for them is made. Raises RequestError where they cannot be served."""
+def _admitted(pair: Pair, ids: list[int], options: Options, prefixes: Prefixes) -> Admission:
+    """How many tokens may follow a prompt; room for them is made.
+
+    Raises RequestError where they cannot be served, BusyError where they can be once other texts have ended.
+    """
     check_tokens(ids, pair.target.vocabulary)
     if options.prefill_step_size < 1:
         raise RequestError(f"prefill step size {options.prefill_step_size} must be at least 1")
     allowed = check_lengths(len(ids), options.max_tokens, pair.target.context)
-    admission = admit(pair, len(ids), allowed, endless=options.max_tokens == -1, evictable=prefixes.nbytes)
+    endless, evictable = options.max_tokens == -1, prefixes.evictable
+    admission = admit(pair, len(ids), allowed, endless=endless, evictable=evictable, claims=prefixes.claims)
     prefixes.release(admission.short)
-    return admission.tokens
+    return admission
 
 
 def _copies(tokenizer: TokenizerWrapper, ids: list[int], options: Options, vocabulary: int) -> Copies | None:

@@ -13,6 +13,8 @@ from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Self
 
+from mtp_mlx import memory
+from mtp_mlx.admission import Claims
 from mtp_mlx.choosing import Callables, Rules
 from mtp_mlx.rounds import Sequence
 from mtp_mlx.snapshots import Snapshot, blank, outline, restore
@@ -61,7 +63,8 @@ class Prefixes:
 
     All of it belongs to the thread that runs the pair. `every` is the distance of waypoints, `near` how many tokens
     must have been read since the last snapshot for another one to be taken, at least 1. What texts hold while they
-    are read and written is not counted. `store` is where snapshots are kept for the time after a restart.
+    are read and written is not counted, but what they have been promised is left to them. `store` is where snapshots
+    are kept for the time after a restart.
     """
 
     def __init__(self, pair: Pair, budget: int, every: int = EVERY, near: int = NEAR, store: Store | None = None):
@@ -85,10 +88,23 @@ class Prefixes:
             usage = usage._replace(disk_nbytes=self._disk.nbytes, disk_discarded=self._disk.discarded)
         return usage
 
-    def open(self, prompt: list[int], chooser: Rules | Callables, seed: int = 0) -> "Text":
+    @property
+    def evictable(self) -> int:
+        """Bytes held that nobody uses."""
+        used = self._used()
+        return self.nbytes - _nbytes(entry for entry in self._entries if id(entry) in used)
+
+    @property
+    def claims(self) -> Claims:
+        """Of the texts that are being read or written."""
+        held = [text.sequence.cache.nbytes for text in self._texts]
+        due = [max(0, text.promised - nbytes) for text, nbytes in zip(self._texts, held, strict=True)]
+        return Claims(sum(held), sum(due))
+
+    def open(self, prompt: list[int], chooser: Rules | Callables, seed: int = 0, promised: int = 0) -> "Text":
         """A text that begins with as much of a prompt as is stored; its last token is always read again.
 
-        The prompt has at least one token.
+        The prompt has at least one token. `promised` is how many bytes its sequence may take.
         """
         value, agreeing, beyond = self._trie.match(prompt[:-1])
         entry, snapshot = value, value.snapshot if value else None
@@ -103,7 +119,7 @@ class Prefixes:
             self._touch(entry)
             entry.waypoint = False
         sequence = _sequence(self.pair, chooser, snapshot, prompt, seed)
-        text = Text(self, sequence, prompt, entry, snapshot, agreeing)
+        text = Text(self, sequence, prompt, entry, snapshot, agreeing, promised)
         self._texts.append(text)
         self._count(text)
         return text
@@ -215,12 +231,13 @@ class Prefixes:
     def _make_room(self, entry: _Entry, text: "Text | None") -> bool:
         """Evict what has to go for an entry of a text; nothing where that would not be enough."""
         rest, victims = self._entries.copy(), list[_Entry]()
+        limit = min(self.budget, self.nbytes + memory.free_bytes() - self.claims.due)
         for victim in self._victims(entry, text):
-            if _nbytes([*rest, entry]) <= self.budget:
+            if _nbytes([*rest, entry]) <= limit:
                 break
             rest.remove(victim)
             victims.append(victim)
-        if _nbytes([*rest, entry]) > self.budget:
+        if _nbytes([*rest, entry]) > limit:
             return False
         self._evict(victims)
         return True
@@ -263,12 +280,14 @@ class Text:
         entry: _Entry | None,
         base: Snapshot | None,
         agreeing: int,
+        promised: int,
     ):
         self.sequence = sequence
         self.prompt = prompt
         self.cached = base.length if base else 0  # tokens of the prompt that need not be read
         self.entry = entry  # what it goes on from, which is not evicted meanwhile
         self.base = base  # its snapshot, perhaps cut
+        self.promised = promised  # bytes that its sequence may take
         self._agreeing = agreeing  # tokens of the prompt that some stored text begins with
         self._prefixes = prefixes
 

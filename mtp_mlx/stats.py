@@ -88,7 +88,8 @@ class Stats:
             depth=depth.k,
             depth_reason=depth.reason(),
             alarm=depth.alarm,
-            memory=replace(self.memory, cache=cache_bytes, peak=peak_bytes),
+            # Another text that begins meanwhile has the peak counted anew.
+            memory=replace(self.memory, cache=cache_bytes, peak=max(self.memory.peak, peak_bytes)),
         )
 
     @property

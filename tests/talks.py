@@ -141,12 +141,12 @@ _SAMPLE = ["system user assistant model thought the answer is hello world weathe
 
 
 @cache
-def tokenizer(template: str | None = TAGS) -> TokenizerWrapper:
+def tokenizer(template: str | None = TAGS, size: int = 340) -> TokenizerWrapper:
     """A byte-level BPE tokenizer with a few merges, a template, and the markers of that template's family."""
     made = Tokenizer(BPE())
     made.pre_tokenizer = ByteLevel(add_prefix_space=False)
     made.decoder = ByteLevelDecoder()
-    trainer = BpeTrainer(vocab_size=340, initial_alphabet=ByteLevel.alphabet(), show_progress=False)
+    trainer = BpeTrainer(vocab_size=size, initial_alphabet=ByteLevel.alphabet(), show_progress=False)
     made.train_from_iterator(_SAMPLE, trainer)
     markers = _QWENS if template in (TAGS, FIELDS) else _GEMMAS
     made.add_tokens([AddedToken(marker, normalized=False, special=marker.endswith("os>")) for marker in markers])

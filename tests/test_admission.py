@@ -5,10 +5,10 @@ import pytest
 from conftest import FIXTURES, varied_tokens
 
 from mtp_mlx import memory
-from mtp_mlx.admission import admit
+from mtp_mlx.admission import Claims, admit
 from mtp_mlx.choosing import Rules
 from mtp_mlx.depth import Fixed
-from mtp_mlx.errors import RequestError
+from mtp_mlx.errors import BusyError, RequestError
 from mtp_mlx.generate import stream_generate
 from mtp_mlx.loading import load
 from mtp_mlx.rounds import Sequence, rounds
@@ -44,7 +44,7 @@ def test_what_does_not_fit_is_refused_with_what_does(variant: str, monkeypatch: 
         monkeypatch.setattr(memory, "free_bytes", lambda: count)
 
     free(needed(600))
-    assert admit(pair, 500, 100, endless=False) == (100, 0)
+    assert admit(pair, 500, 100, endless=False) == (100, 0, needed(600))
     free(needed(600) - 1)
     with pytest.raises(RequestError, match=r"500 tokens and 100 more need .* MB of keys and values, .* MB are free"):
         admit(pair, 500, 100, endless=False)
@@ -81,7 +81,7 @@ def test_an_endless_text_ends_where_memory_does_and_says_so(
     with pytest.raises(RequestError, match=r", 0.0 MB are free; use a shorter prompt"):
         admit(pair, 511, 400, endless=True)
     monkeypatch.undo()
-    assert admit(pair, 100, 900, endless=True) == (900, 0)
+    assert admit(pair, 100, 900, endless=True)[:2] == (900, 0)
     assert 0 < memory.free_bytes() <= memory.machine_bytes()
 
 
@@ -93,6 +93,21 @@ def test_what_may_be_evicted_counts_as_room_and_no_more_of_it_goes_than_is_short
     monkeypatch.setattr(memory, "free_bytes", lambda: needed - 1000)
     with pytest.raises(RequestError, match="MB are free"):
         admit(pair, 500, 100, endless=False, evictable=999)
-    assert admit(pair, 500, 100, endless=False, evictable=5000) == (100, 1000)
+    assert admit(pair, 500, 100, endless=False, evictable=5000)[:2] == (100, 1000)
     monkeypatch.setattr(memory, "free_bytes", lambda: 10 * needed)
     assert admit(pair, 500, 100, endless=False, evictable=5000).short == 0
+
+
+def test_what_others_have_been_promised_is_not_given_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    pair: Pair = load(FIXTURES / "gemma4_keqv", dtype=mx.float32)[0]
+    needed = pair.target.kv_bytes(600) + pair.drafter.kv_bytes(600)
+    monkeypatch.setattr(memory, "free_bytes", lambda: needed)
+    for endless in (False, True):
+        assert admit(pair, 500, 100, endless=endless, claims=Claims(needed, 0)).tokens == 100
+        with pytest.raises(BusyError, match="other texts have the memory"):
+            admit(pair, 500, 100, endless=endless, claims=Claims(0, 1))
+        assert admit(pair, 500, 100, endless=endless, claims=Claims(0, 1), evictable=1).short == 1
+    with pytest.raises(BusyError):  # it fits beside what others hold now
+        admit(pair, 1500, 100, endless=False, claims=Claims(9 * needed, 0))
+    with pytest.raises(RequestError, match="are free"):  # it never will
+        admit(pair, 1500, 100, endless=False, claims=Claims(100, 100))

@@ -1,13 +1,17 @@
 """A conversation: every answer is the one that the whole conversation so far gets, and nothing said is lost."""
 
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import pytest
 from conftest import FIXTURES, program
 
+from mtp_mlx.cli.chat import Answer
 from mtp_mlx.conversation import Conversations
 from mtp_mlx.dialects import find_dialect
+from mtp_mlx.engine import Piece, Stream
+from mtp_mlx.errors import RequestError
 from mtp_mlx.generate import stream_generate
 from mtp_mlx.loading import load
 
@@ -56,6 +60,48 @@ def test_what_cannot_be_answered_is_one_line_and_the_conversation_goes_on() -> N
     done = program(*OPTIONS, stdin=("x " * 2000 + "\nhello\n").encode())
     assert done.returncode == 0 and "context is 1024" in done.stderr and "Traceback" not in done.stderr
     assert done.stdout == _shown(_answers(["hello"]))
+
+
+def test_a_line_that_the_end_of_input_cuts_short_is_answered() -> None:
+    done = program(*OPTIONS, stdin=b"hello\\")
+    assert done.returncode == 0 and done.stdout == _shown(_answers(["hello"]))
+
+
+@pytest.mark.parametrize("place", [(Conversations, "prompt"), (Conversations, "remember"), (Stream, "get")])
+def test_ctrl_c_ends_what_is_being_done_and_not_the_conversation(
+    place: tuple[type, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a prompt is made, while it is read, and when all has been said."""
+    owner, name = place
+    whole, calls = vars(owner)[name], list[int]()
+
+    def interrupted(*given: Any, **named: Any) -> Any:
+        calls.append(0)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return whole(*given, **named)
+
+    expected = _answers(["hello"])
+    monkeypatch.setattr(owner, name, interrupted)
+    done = program(*OPTIONS, stdin=b"def f(x):\nhello\n")
+    assert done.returncode == 0 and "broken off" in done.stderr
+    assert done.stdout.endswith(_shown(expected)), "as if nothing had been said before"
+
+
+def test_an_answer_that_fails_ends_its_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = list[str]()
+
+    def fail(self: Answer, piece: Piece) -> None:
+        take(self, piece)
+        said.append(piece.text)
+        if len(said) == 3:
+            raise RequestError("no more of it")
+
+    take = Answer.take
+    monkeypatch.setattr(Answer, "take", fail)
+    done = program(*OPTIONS, "--depth", "0", stdin=b"def f(x):\n")
+    assert done.returncode == 0 and "no more of it" in done.stderr
+    assert "".join(said).strip() and done.stdout.endswith("\n")
 
 
 @pytest.mark.parametrize(

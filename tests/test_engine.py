@@ -1,6 +1,7 @@
 """Several requests share a pair in slices: none gets another's text, a short one does not wait, a reader may leave."""
 
 import json
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -10,18 +11,25 @@ from typing import Any, cast
 
 import mlx.core as mx
 import pytest
-from conftest import FIXTURES, varied_tokens
+from conftest import FIXTURES, AlteredTarget, varied_tokens
 from mlx_lm.tokenizer_utils import TokenizerWrapper
+from served import Says
+from talks import BRACES, MARKERS, TAGS, WEATHER, answer, call, result, system, tokenizer, user
+from test_conversation import CALLS
 
 from mtp_mlx import engine as module
+from mtp_mlx import memory
+from mtp_mlx.conversation import Conversations
 from mtp_mlx.dialects import find_dialect
 from mtp_mlx.engine import Engine, Event, Piece, Request, Stream
-from mtp_mlx.errors import BusyError, RequestError
+from mtp_mlx.errors import BusyError, MTPError, RequestError
 from mtp_mlx.generate import Progress, Response, generation
 from mtp_mlx.grammar import Grammar, Guide
 from mtp_mlx.loading import load
 from mtp_mlx.options import Options
+from mtp_mlx.penalties import Penalties
 from mtp_mlx.prefixes import Prefixes
+from mtp_mlx.programs import Programs
 from mtp_mlx.sampling import Sample
 from mtp_mlx.store import Store
 from mtp_mlx.types import Pair
@@ -262,3 +270,187 @@ def test_a_grammar_binds_the_answer_at_every_depth(loaded: Loaded, engine: Engin
         assert set(json.loads("".join(piece.text for piece in pieces))) <= {"alpha", "beta"}
         assert pieces[-1].finish_reason == "stop"
         assert [token.id for piece in pieces for token in piece.tokens] == ids(alone(loaded, request))
+
+
+def test_a_request_in_the_queue_is_served_once_while_others_join_it(loaded: Loaded) -> None:
+    served = Engine(*loaded, slots=1)
+    running = served.stream(Request(varied_tokens(900), Options(900, 0, prefill_step_size=10)))
+    next(running)
+    held = served.stream(Request(varied_tokens(9), Options(5, 0)))
+
+    class Slow(threading.Event):
+        def is_set(self) -> bool:  # asked by one who joins the queue: long enough for the engine to take the request
+            if threading.current_thread() is threading.main_thread():
+                running.close()
+                time.sleep(0.2)
+            return super().is_set()
+
+    held._job.cancelled = Slow()
+    joined = served.stream(Request(varied_tokens(7), Options(5, 0)))
+    assert len(tokens_of(held)) == len(tokens_of(joined)) == 5
+    assert held.get(0.05) is None and held._job.events.empty()
+    served.close(10)
+
+
+def test_faults_around_a_request_do_not_end_the_engine(loaded: Loaded, engine: Engine) -> None:
+    def complain() -> None:
+        raise RuntimeError("nobody listens")
+
+    asked = Request(varied_tokens(9), Options(5, 0))
+    heard = engine.stream(asked)
+    heard.watch(complain)
+    assert len(tokens_of(heard)) == 5
+    assert len(tokens_of(engine.stream(asked))) == 5
+
+
+def test_nobody_waits_for_an_engine_that_has_ended(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However it ended: a fault where requests are closed, or one of the engine's own."""
+    pair, tokenizer = loaded
+
+    def fault(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    for place, name in ((Prefixes, "store"), (Engine, "_admit")):
+        served = Engine(pair, tokenizer, Prefixes(pair, 10**9, near=1), slots=2)
+        streams = [served.stream(Request(varied_tokens(200, i), Options(800, 0))) for i in range(4)]
+        for stream in streams[:2]:
+            next(event for event in stream if isinstance(event, Piece))
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, fault)
+            if place is Prefixes:
+                served.close(10)
+            served._thread.join(10)
+        for stream in streams:
+            with pytest.raises(BusyError, match="closed"):
+                while stream.get(10):
+                    pass
+        with pytest.raises(BusyError, match="closed"):
+            served.stream(Request([5]))
+        served.close(10)
+
+
+def test_a_cache_that_cannot_be_written_does_not_end_the_engine(
+    loaded: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair, tokenizer = loaded
+    monkeypatch.setattr(module, "SETTLED", 0.01)
+    flushed = threading.Event()
+
+    def fault(*_: object) -> bool:
+        flushed.set()
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(Prefixes, "flush", fault)
+    served = Engine(pair, tokenizer, Prefixes(pair, 10**9, near=1))
+    assert len(tokens_of(served.stream(Request(varied_tokens(9), Options(5, 0))))) == 5
+    assert flushed.wait(10)
+    assert len(tokens_of(served.stream(Request(varied_tokens(9), Options(5, 0))))) == 5
+    monkeypatch.undo()
+    served.close(10)
+
+
+def test_newcomers_do_not_starve_who_is_being_served(loaded: Loaded) -> None:
+    """Requests whose prompts are known take a single slice, and there is always another one."""
+    pair, tokenizer = loaded
+    served = Engine(pair, tokenizer, Prefixes(pair, 10**9, near=1), slots=3)
+    short, crowd, written = Request(varied_tokens(20), Options(1, 0)), list[Stream](), list[int]()
+    tokens_of(served.stream(short))
+    long = served.stream(Request(varied_tokens(5), Options(200, 0)))
+    next(long)
+
+    def ask() -> None:
+        written.append(long._job.events.qsize())
+        if len(crowd) < 40 and served.load.waiting < 2:
+            crowd.append(served.stream(short))
+            crowd[-1].watch(ask)
+
+    ask()
+    deadline = time.monotonic() + 20
+    while len(crowd) < 40 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert written[-1] > 20
+    served.close(10)
+
+
+def test_whoever_waits_for_a_stream_is_woken_when_somebody_closes_it(engine: Engine) -> None:
+    stream = engine.stream(Request(varied_tokens(900), Options(5, 0, prefill_step_size=2)))
+    reader = threading.Thread(target=lambda: list(stream))
+    reader.start()
+    stream.close()
+    reader.join(5)
+    assert not reader.is_alive()
+
+
+def test_who_finds_no_memory_waits_until_others_have_ended(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair, tokenizer = loaded
+    before, needed = mx.get_active_memory(), pair.target.kv_bytes(700) + pair.drafter.kv_bytes(700)
+    monkeypatch.setattr(memory, "free_bytes", lambda: int(1.2 * needed) - (mx.get_active_memory() - before))
+    served = Engine(pair, tokenizer, slots=3)
+    requests = [Request(varied_tokens(600 - i, seed=i), Options(30, 0)) for i in range(3)]
+    streams = [served.stream(request) for request in requests]
+    first = next(event for event in streams[0] if isinstance(event, Piece))
+    assert first.finish_reason is None and streams[1].get(0) is None and served.load == (1, 2)
+    assert [len(tokens_of(stream)) for stream in streams[1:]] == [30, 30]
+    with pytest.raises(RequestError, match="are free"):
+        tokens_of(served.stream(Request(varied_tokens(5), Options(1000, 0))))
+    served.close(10)
+
+
+@pytest.mark.parametrize(("model", "template"), [("gemma4_keqv", BRACES), ("qwen3_5_tied", TAGS)])
+@pytest.mark.parametrize("predicted", [True, False], ids=["predicted", "written"])
+def test_a_loop_of_calls_reads_nothing_twice(model: str, template: str, predicted: bool) -> None:
+    """Replies that the tokenizer would split otherwise; a prediction is right to the end, and beyond it."""
+    pair, words = load(FIXTURES / model, dtype=mx.float32)[0], tokenizer(template, 300)
+    dialect = find_dialect(words.get_vocab())
+    chat, served = Conversations(words, dialect), Engine(pair, words, Prefixes(pair, 10**9, near=1))
+    messages, known = [system("Be brief."), user("weather in Paris?")], list[int]()
+    for turn in range(4):
+        prompt = chat.prompt(messages, [WEATHER], thinking=True)
+        assert prompt.ids[: len(known)] == known
+        reply = [token for c in _characters(words, CALLS[template]) for token in c]
+        script = mx.array([0] * len(prompt.ids) + reply + [7] * 64, mx.int32)
+        options = Options(300, 3, Says(script), drafts="argmax", stops=frozenset(reply[-1:]), seed=0)
+        options = replace(options, prediction=[*reply, *[7] * 40] if predicted else None)
+        pieces = [p for p in served.stream(Request(prompt.ids, options, marks=prompt.marks)) if isinstance(p, Piece)]
+        assert [token.id for piece in pieces for token in piece.tokens] == reply
+        assert pieces[-1].stats.cached_tokens == max(0, len(known) - 1), "all but the token that ended the reply"
+        assert not predicted or pieces[-1].stats.copied_accepted > len(reply) // 2
+        known = [*prompt.ids, *reply]
+        chat.remember(known)
+        arguments = json.dumps({"city": "Paris"})
+        messages += [answer(None, reasoning_content="I call.", tool_calls=[call(arguments)]), result(f"sunny {turn}")]
+    served.close(10)
+
+
+def _characters(words: TokenizerWrapper, text: str) -> Iterator[list[int]]:
+    """Markers as they are, the rest one character at a time."""
+    for piece in re.split(f"({'|'.join(map(re.escape, MARKERS))})", text):
+        for part in [piece] if piece in MARKERS else piece:
+            yield words.encode(part, add_special_tokens=False)
+
+
+def test_what_fails_in_the_middle_leaves_nothing_behind(loaded: Loaded) -> None:
+    """Logits that are not finite, in the prompt's wake or later, and a grammar that leads nowhere."""
+    sound, tokenizer = loaded
+    asked = Request(varied_tokens(30, seed=3), Options(30))
+    expected = ids(alone(loaded, asked))
+    poison = next(token for token in range(4, 320) if token not in [*asked.prompt, *expected])
+    pair = replace(sound, target=AlteredTarget(sound.target, poison=poison), programs=Programs(), measured={})
+    guide = Guide.of(
+        tokenizer, pair.target.vocabulary, frozenset(tokenizer.eos_token_ids), find_dialect(tokenizer.get_vocab())
+    )
+    letters = tokenizer.encode("abc", add_special_tokens=False)
+    forbidden = Penalties(bias=tuple((token, float("-inf")) for token in letters))
+    prefixes = Prefixes(pair, 10**9, near=1)
+    served = Engine(pair, tokenizer, prefixes, slots=2)
+    good = served.stream(asked)
+    for prompt, options in (
+        ([*varied_tokens(20), poison], Options(20)),
+        ([*varied_tokens(20), 5], Options(20, "auto", Says(mx.array([poison] * 99)), drafts="argmax")),
+        ([7], Options(20, "auto", penalties=forbidden, grammar=Grammar.choice(guide, ["abc"]))),
+    ):
+        with pytest.raises(MTPError, match=r"not finite|grammar"):
+            tokens_of(served.stream(Request(prompt, options)))
+    assert tokens_of(good) == expected == tokens_of(served.stream(asked))
+    served.close(10)
+    assert not prefixes._texts and not any(measured.busy for measured in pair.measured["auto"])

@@ -45,7 +45,7 @@ ALLOWED = {
     "mtp_mlx.sealing": {"checkpoint", "errors"},
     "mtp_mlx.manifest": {"sealing"},
     "mtp_mlx.store": {"manifest", "sealing", "snapshots", "trie"},
-    "mtp_mlx.prefixes": {"choosing", "rounds", "snapshots", "store", "trie", "types"},
+    "mtp_mlx.prefixes": {"", "admission", "memory", "choosing", "rounds", "snapshots", "store", "trie", "types"},
     "mtp_mlx.stats": {"depth", "rounds"},
     "mtp_mlx.options": {"choosing", "grammar", "penalties", "sampling"},
     "mtp_mlx.generate": {
@@ -300,7 +300,7 @@ ALLOWED = {
         "server.telling",
         "server.writing",
     },
-    "mtp_mlx.server.run": {"engine", "errors", "server.limits"},
+    "mtp_mlx.server.run": {"engine", "errors", "server.limits", "server.refusal"},
     "mtp_mlx.cli.serve": {
         "cli.display",
         "cli.options",
@@ -395,7 +395,8 @@ def test_every_module_is_described() -> None:
 @pytest.mark.parametrize("path", sorted(Path(__file__).parent.glob("test_*.py")), ids=lambda path: path.stem)
 def test_every_test_file_has_a_subject(path: Path) -> None:
     subject = path.stem.removeprefix("test_")
-    known = {name.split(".")[-1] for name in _modules()} | {"layout", "readme", "demo", "wheel", "cli", "server_page"}
+    known = {name.split(".")[-1] for name in _modules()} | {"layout", "readme", "demo", "wheel", "cli"}
+    known |= {"server_page", "server_schema"}
     known |= {name.removeprefix("mtp_mlx.").replace(".", "_") for name in _modules()}
     assert subject in known
 

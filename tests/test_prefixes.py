@@ -10,6 +10,7 @@ from test_programs import Reader, Toy
 from test_rounds import EXACT
 from test_snapshots import FEW, pair_of
 
+from mtp_mlx import memory
 from mtp_mlx.cache import FullCache
 from mtp_mlx.choosing import Rules
 from mtp_mlx.models.gemma4 import Model as Gemma4
@@ -282,6 +283,21 @@ def test_the_budget_holds_whatever_is_done(name: str) -> None:
         assert restored.cached == len(prompt) - 1
         cold.prefill(prompt, 2048, lambda done, total: None)
         assert gap(restored.sequence.round(0).logprobs, cold.round(0).logprobs) < EXACT
+
+
+def test_what_texts_have_been_promised_is_left_to_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    prefixes = Prefixes(_pair(), PLENTY, near=1)
+    _read(prefixes, TEXT[:100])
+    held = prefixes.nbytes
+    with prefixes.open(TEXT[:101], Rules(), promised=10**9) as text:
+        claims = prefixes.claims
+        assert claims.held == text.sequence.cache.nbytes and claims.held + claims.due == 10**9
+        assert prefixes.evictable == 0, "the text goes on from what is held"
+        monkeypatch.setattr(memory, "free_bytes", lambda: claims.due)
+        assert _read(prefixes, TEXT[300:350]) == 0 and prefixes.nbytes == held, "there is no room beside it"
+        text.promised = 0
+        assert prefixes.claims.due == 0 and _read(prefixes, TEXT[300:350]) == 0 and prefixes.nbytes > held
+    assert prefixes.evictable == prefixes.nbytes and prefixes.claims == (0, 0)
 
 
 def _check(prefixes: Prefixes) -> None:

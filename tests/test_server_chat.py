@@ -16,7 +16,7 @@ SECOND = CALL.replace("Paris", "Rome").replace("3", "14")
 BROKEN = "<tool_call>\n<function=weather>\n<parameter=city>\nParis\n</parameter>\nor so\n</tool_call>"
 
 
-def _folded(chunks: list[dict[str, Any]]) -> dict[str, Any]:
+def fold(chunks: list[dict[str, Any]]) -> dict[str, Any]:
     """The message that a client makes of the chunks of one choice, with its finish reason."""
     message: dict[str, Any] = {"content": "", "reasoning_content": "", "calls": {}, "finish": None, "logprobs": []}
     for chunk in chunks:
@@ -84,7 +84,7 @@ def test_a_stream_says_what_the_body_says(
     said = (message["content"] or "", message.get("reasoning_content", ""), _calls(message), body["finish_reason"])
     assert said == expected
     chunks = served.stream(CHAT, **asked)
-    folded = _folded(chunks)
+    folded = fold(chunks)
     whole = folded["calls"]
     assert (folded["content"], folded["reasoning_content"], folded["finish"]) == (expected[0], expected[1], expected[3])
     if script.startswith("No"):  # it was streamed before it broke, and what came of it is no JSON
@@ -150,7 +150,7 @@ def test_a_reply_may_end_with_its_first_call(served: Served) -> None:
     body = served.post(CHAT, **PLAIN, tools=[TOOL], parallel_tool_calls=False)
     assert _calls(body["choices"][0]["message"]) == [("weather", {"city": "Paris", "days": 3})]
     assert served.engine.streams[-1]._job.cancelled.is_set(), "what nobody will read is still written"
-    folded = _folded(served.stream(CHAT, **PLAIN, tools=[TOOL], parallel_tool_calls=False))
+    folded = fold(served.stream(CHAT, **PLAIN, tools=[TOOL], parallel_tool_calls=False))
     assert list(folded["calls"]) == [0] and folded["finish"] == "tool_calls"
 
 
@@ -193,7 +193,7 @@ def test_several_choices_have_seeds_of_their_own(served: Served) -> None:
             for choice in chunk["choices"]
             if choice["index"] == number
         ]
-        assert _folded(mine)["content"] == text
+        assert fold(mine)["content"] == text
     prompt = len(served.engine.seen[0].prompt)
     assert body["usage"]["prompt_tokens"] == prompt and body["usage"]["completion_tokens"] == 24
 

@@ -67,6 +67,24 @@ def test_logprobs_have_the_older_shape(served: Served) -> None:
     assert [token for each in streamed for token in each["tokens"]] == told["tokens"]
 
 
+def test_a_space_at_the_beginning_is_counted(served: Served) -> None:
+    choice = served.says(" there").post(COMPLETIONS, prompt="Hi", logprobs=0, depth=0)["choices"][0]
+    told, ends = choice["logprobs"], [*choice["logprobs"]["text_offset"][1:], len(choice["text"])]
+    parts = [choice["text"][start:end] for start, end in zip(told["text_offset"], ends, strict=True)]
+    assert choice["text"] == " there" and parts == [*told["tokens"][:-1], ""]
+    shown = served.post(COMPLETIONS, prompt="Hi", show_drafts=True, depth=0)
+    assert "".join(text for text, _ in shown["drafts"][0]) == " there"
+
+
+def test_parts_of_characters_are_told_by_their_bytes(served: Served) -> None:
+    told = served.says("ö").post(COMPLETIONS, prompt="Hi", logprobs=20, depth=0)["choices"][0]["logprobs"]
+    assert told["tokens"][:2] == ["bytes:\\xc3", "bytes:\\xb6"]
+    # They are not taken for each other. (This tokenizer has no text at all for a few ids.)
+    assert min(len(best) for best in told["top_logprobs"]) > 15
+    assert any(token.startswith("bytes:") for best in told["top_logprobs"] for token in best)
+    assert all([*best.values()] == sorted(best.values(), reverse=True) for best in told["top_logprobs"])
+
+
 def test_a_gap_is_filled_between_prompt_and_suffix(served: Served) -> None:
     body = served.says("b").post(COMPLETIONS, prompt="a <think>", suffix=" c", depth=0)
     assert _texts(body) == ["b"]

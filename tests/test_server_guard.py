@@ -1,9 +1,12 @@
 """Who is let in: hosts, origins, keys, and bodies that are whole, small, in time and JSON."""
 
 import asyncio
+from itertools import pairwise
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from served import USER, Served, serving
 from served import _shared as _shared
 from served import served as served
@@ -74,6 +77,9 @@ def test_pages_may_ask_only_if_they_are_listed_or_the_servers_own() -> None:
         asked = {"origin": "https://page.example", "access-control-request-method": "POST"}
         preflight = client.options(CHAT, headers=asked)
         assert preflight.status_code == 204 and "POST" in preflight.headers["access-control-allow-methods"]
+        assert preflight.headers["access-control-allow-headers"] == "authorization, content-type, x-api-key"
+        own = {"access-control-request-headers": "content-type,x-stainless-os"}
+        assert client.options(CHAT, headers=asked | own).headers["access-control-allow-headers"] == own.popitem()[1]
         assert client.options(CHAT, headers=asked | {"origin": "https://evil.example"}).status_code == 403
         # No header at all without an origin.
         assert "access-control-allow-origin" not in client.get("/health").headers
@@ -106,6 +112,8 @@ def test_without_its_key_only_health_and_the_page_answer() -> None:
         (b"{}", {"content-type": "text/plain"}, 415),
         (b"{}", {"content-type": "application/x-www-form-urlencoded"}, 415),
         (b"{}", {}, 415),
+        (b"\x1f\x8b\x08", JSON | {"content-encoding": "gzip"}, 415),
+        ('{"prompt": "x"}'.encode("utf-16"), JSON, 400),
         (b"{", JSON, 400),
         (b"", JSON, 400),
         (b"[]", JSON, 400),
@@ -173,11 +181,32 @@ def test_a_body_that_does_not_come_is_not_waited_for() -> None:
     assert gone["status"] == 400 and b"cut off" in gone["body"]
 
 
+@settings(max_examples=50, deadline=None)
+@given(borders=st.lists(st.integers(0, 60), max_size=60), empty=st.booleans())
+def test_a_body_is_the_same_however_it_arrives(borders: list[int], empty: bool) -> None:
+    body = '{"content": "naïve \U0001f600 \\ud83d\\ude00", "a": [1]}'.encode()
+    cuts = [0, *sorted({border for border in borders if border < len(body)}), len(body)]
+    parts = [body[start:end] for start, end in pairwise(cuts)] + [b""] * empty
+    messages: list[Message] = [{"type": "http.request", "body": part, "more_body": True} for part in parts]
+    messages[-1]["more_body"] = False
+    read: list[Message] = []
+
+    async def app(scope: Scope, receive: Any, send: Any) -> None:
+        read.append(await receive())
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    chunked = _ask(Guard(app, Access(), Limits()), JSON | {"transfer-encoding": "chunked"}, messages)
+    assert chunked["status"] == 200
+    assert read == [{"type": "http.request", "body": body, "more_body": False}]
+
+
 def test_a_body_needs_a_length() -> None:
     guard = Guard(_nothing, Access(), Limits())
     assert _ask(guard, JSON, [])["status"] == 411
     for length in ("-5", "x", "1e3", "²"):
         assert _ask(guard, JSON | {"content-length": length}, [])["status"] == 400
+    both = _ask(guard, JSON | {"content-length": "2", "transfer-encoding": "chunked"}, [])
+    assert both["status"] == 400 and b"contradict" in both["body"]
     assert _ask(guard, JSON | {"content-length": "9" * 30}, [])["status"] == 413
 
 

@@ -57,3 +57,10 @@ def test_a_stop_inside_an_accepted_run_cuts_the_round() -> None:
 def test_nothing_measured_is_none_and_not_zero() -> None:
     figures = Stats(1).figures()
     assert figures["draft_ms"] is None and figures["verify_ms"] is None and figures["host_ms"] is None
+
+
+def test_a_peak_is_not_forgotten_where_another_text_begins() -> None:
+    stats, whole = Stats(10), Times(0.1, 0.02, None, None, None)
+    for peak in (5, 13, 7):
+        stats = stats.after(_round(1, 0, whole), Fixed(0), cache_bytes=0, peak_bytes=peak)
+    assert stats.memory.peak == 13

@@ -10,7 +10,7 @@ from mtp_mlx.server.asking import Task
 from mtp_mlx.server.figures import extras, usage
 from mtp_mlx.server.reply import Delta, Reply
 from mtp_mlx.server.shape import Chunk, Frame, finite, origins
-from mtp_mlx.server.spelling import token_text
+from mtp_mlx.server.spelling import token_bytes, token_text
 from mtp_mlx.server.wire import CompletionRequest
 from mtp_mlx.speech import Content
 
@@ -84,14 +84,24 @@ class Completions:
             offsets.append(self._lengths[number])
             self._lengths[number] += len(token.text)
         return {
-            "tokens": [token_text(self._tokenizer, token.id) for token in tokens],
+            "tokens": [self._spelled(token.id) for token in tokens],
             "token_logprobs": [finite(token.logprob) for token in tokens],
             "top_logprobs": [self._best(token) for token in tokens],
             "text_offset": offsets,
         }
 
     def _best(self, token: Token) -> dict[str, float]:
-        return {token_text(self._tokenizer, other): finite(logprob) for other, logprob in token.top}
+        best: dict[str, float] = {}
+        for other, logprob in token.top:  # the most probable one first, which counts where others are spelled alike
+            best.setdefault(self._spelled(other), finite(logprob))
+        return best
+
+    def _spelled(self, token: int) -> str:
+        """Its text, or as OpenAI spells what is no whole character: by its bytes."""
+        text = token_text(self._tokenizer, token)
+        if "\ufffd" not in text:
+            return text
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token_bytes(self._tokenizer, token))
 
 
 def _text(delta: Delta) -> str:

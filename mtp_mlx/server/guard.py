@@ -81,7 +81,7 @@ class Guard:
             allowed = self._check(scope, headers)
             send = _with_origin(send, allowed) if allowed else send
             if allowed and scope["method"] == "OPTIONS":
-                await _preflight(send)
+                await _preflight(headers, send)
                 return
             self._check_key(scope, headers)
             receive = await self._take_body(scope, headers, receive)
@@ -149,6 +149,8 @@ def _check_length(headers: Headers, method: str, most: int) -> None:
         raise RefusedError(400, f"content-length {length[:20]!r} is no number", headers=_CLOSE)
     if length is not None and int(length[:20]) > most:
         raise RefusedError(413, _too_large(most), headers=_CLOSE)
+    if length is not None and "transfer-encoding" in headers:
+        raise RefusedError(400, "content-length and transfer-encoding contradict each other; send one", headers=_CLOSE)
     if method != "POST":
         return
     if length is None and "chunked" not in headers.get("transfer-encoding", "").lower():
@@ -156,6 +158,9 @@ def _check_length(headers: Headers, method: str, most: int) -> None:
     kind = headers.get("content-type", "")
     if kind.partition(";")[0].strip().lower() != "application/json":
         raise RefusedError(415, f"content-type {kind[:80]!r} is not application/json", headers=_CLOSE)
+    packed = headers.get("content-encoding", "identity")
+    if packed.strip().lower() != "identity":
+        raise RefusedError(415, f"content-encoding {packed[:80]!r} is not read; send the body as it is", headers=_CLOSE)
 
 
 async def _read(receive: Receive, most: int) -> bytes:
@@ -202,10 +207,12 @@ def _with_origin(send: Send, origin: str) -> Send:
     return sending
 
 
-async def _preflight(send: Send) -> None:
+async def _preflight(asked: Headers, send: Send) -> None:
+    # The SDK sends headers of its own, which may be as many as it likes.
+    wanted = asked.get("access-control-request-headers", "authorization, content-type, x-api-key")
     headers = [
         (b"access-control-allow-methods", _METHODS.encode()),
-        (b"access-control-allow-headers", b"authorization, content-type, x-api-key"),
+        (b"access-control-allow-headers", wanted.encode("latin-1")),
         (b"access-control-max-age", b"600"),
     ]
     await send({"type": "http.response.start", "status": 204, "headers": headers})

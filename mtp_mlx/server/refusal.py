@@ -106,7 +106,9 @@ def unfit(errors: Sequence[Mapping[str, Any]]) -> RefusedError:
 
 
 def _plain(error: Mapping[str, Any]) -> str:
-    said = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error":  # our own words, which say what was given
+        return str(error["msg"]).removeprefix("Value error, ")
+    said = error["msg"]
     if error["type"] == "json_invalid":
         return f"this is not JSON: {error.get('ctx', {}).get('error', said)}"
     shown = repr(error.get("input"))

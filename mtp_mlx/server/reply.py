@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from mtp_mlx.dialects import Dialect
@@ -96,21 +96,22 @@ class Reply:
 
     def _read(self, token: Token) -> list[Said]:
         self.ids.append(token.id)
+        if self._parser is None:
+            token = self._spaced(token)
         self._unsaid.append(token)
         if self._parser is None:
-            text = self._spaced(token)
-            return [Content(text)] if text else []
+            return [Content(token.text)] if token.text else []
         said = self._parser.feed(token.id, token.text)
         if said:
             self._thinks = isinstance(said[-1], Reasoning)
         self.reasoning += self._thinks
         return said
 
-    def _spaced(self, token: Token) -> str:
-        """Its text. mlx-lm drops a space at the very beginning, where in a raw text it parts two words."""
+    def _spaced(self, token: Token) -> Token:
+        """With the space at the very beginning that mlx-lm drops, though in a raw text it parts two words."""
         if len(self.ids) == 1 and not token.text.startswith(" ") and self._spell(token.id).startswith(" "):
-            return " " + token.text
-        return token.text
+            return replace(token, text=" " + token.text)
+        return token
 
     def _end(self, piece: Piece) -> list[Said]:
         assert piece.finish_reason is not None

@@ -8,13 +8,16 @@ from asyncio import TimerHandle, create_task, to_thread
 import h11
 import uvicorn
 from fastapi import FastAPI
+from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from mtp_mlx.engine import Engine
 from mtp_mlx.errors import RequestError
 from mtp_mlx.server.limits import Limits
+from mtp_mlx.server.refusal import RETRY, RefusedError
 
 HEADERS = 30.0  # seconds in which a request's headers have to be there
+STALL = 120.0  # seconds that a client may leave what was sent to it unread
 KEEP_ALIVE = 75  # seconds that an idle connection is kept
 CLOSING = 3.0  # seconds for the engine to end its slice
 
@@ -66,6 +69,7 @@ class Server(uvicorn.Server):
         ending = create_task(self._end())
         try:
             await super().shutdown(sockets)
+            await self._hang_up()
         finally:
             ending.cancel()
 
@@ -73,14 +77,26 @@ class Server(uvicorn.Server):
         await asyncio.sleep(self._grace)
         await to_thread(self._engine.close, CLOSING)
 
+    async def _hang_up(self) -> None:
+        """Who is still there after a second signal is not waited for, and its request ends as if it had left."""
+        for connection in [*self.server_state.connections]:
+            connection.transport.abort()
+        if self.server_state.tasks:
+            await asyncio.wait(self.server_state.tasks, timeout=CLOSING)
+
 
 class Patient(H11Protocol):
-    """A connection that does not wait for ever for a request's headers."""
+    """A connection that waits for ever neither for headers nor for a reader, and on which every error is JSON."""
 
     _deadline: TimerHandle | None = None
+    _stalled: TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        # uvicorn's own way would refuse those too who were here first.
+        most, self.limit_concurrency = self.limit_concurrency, None
+        if most is not None and len(self.connections) > most:
+            self.app = _crowded
         self._watch()
 
     def data_received(self, data: bytes) -> None:
@@ -90,6 +106,34 @@ class Patient(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self._rest()
+        self._flows()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        # Who reads no more is gone: it would keep a place among those who are served. Closing would wait for it too.
+        self._stalled = self.loop.call_later(STALL, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._flows()
+
+    def _flows(self) -> None:
+        if self._stalled is not None:
+            self._stalled.cancel()
+            self._stalled = None
+
+    def send_400_response(self, msg: str) -> None:
+        """For what is no HTTP. After an answer has begun nothing can be said any more."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            answer = _GARBLED.response()
+            events = (
+                h11.Response(status_code=400, headers=answer.raw_headers, reason=b"Bad Request"),
+                h11.Data(data=bytes(answer.body)),
+                h11.EndOfMessage(),
+            )
+            for event in events:
+                self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
 
     def _watch(self) -> None:
         """A deadline while headers are missing, none while a request is being answered."""
@@ -105,3 +149,22 @@ class Patient(H11Protocol):
 
     def _hang_up(self) -> None:
         self.transport.close()
+
+
+_CLOSE = {"Connection": "close"}
+_GARBLED = RefusedError(
+    400,
+    "this is no HTTP/1.1 request that can be read: a line is malformed, Host is missing, or there are too many headers",
+    headers=_CLOSE,
+)
+
+
+async def _crowded(scope: Scope, receive: Receive, send: Send) -> None:
+    """What those are told who find all connections taken."""
+    full = RefusedError(
+        503,
+        "too many connections are open already; close some, or ask again later",
+        code="unavailable",
+        headers=RETRY | _CLOSE,
+    )
+    await full.response()(scope, receive, send)

@@ -84,23 +84,23 @@ class Telling:
     async def tokenize(self, body: TokenizeRequest) -> dict[str, Any]:
         self._service.check_name(body.model)
         check_text(body.content)
-        ids = await asyncio.to_thread(self._encode, body.content, body.add_special)
-        if not body.with_pieces:
-            return {"tokens": ids}
-        return {"tokens": [{"id": token, "piece": token_text(self._service.tokenizer, token)} for token in ids]}
+        return {"tokens": await asyncio.to_thread(self._tokens, body)}
 
     async def detokenize(self, body: DetokenizeRequest) -> dict[str, str]:
         self._service.check_name(body.model)
         check_tokens(body.tokens, self._service.vocabulary)
-        return {"content": self._service.tokenizer.decode(body.tokens)}
+        return {"content": await asyncio.to_thread(self._service.tokenizer.decode, body.tokens)}
 
     async def apply_template(self, body: TemplateRequest) -> dict[str, str]:
         self._service.check_name(body.model)
         return {"prompt": await asyncio.to_thread(self._asking.template, body)}
 
-    def _encode(self, text: str, special: bool) -> list[int]:
-        ids: list[int] = self._service.tokenizer.encode(text, add_special_tokens=special)
-        return ids
+    def _tokens(self, body: TokenizeRequest) -> list[Any]:
+        tokenizer = self._service.tokenizer
+        ids: list[int] = tokenizer.encode(body.content, add_special_tokens=body.add_special)
+        if not body.with_pieces:
+            return ids
+        return [{"id": token, "piece": token_text(tokenizer, token)} for token in ids]
 
     def _model(self) -> dict[str, Any]:
         service = self._service
