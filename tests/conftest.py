@@ -67,6 +67,16 @@ def compiled() -> Iterator[None]:
     compiles.cache_clear()
 
 
+@pytest.fixture(autouse=True)
+def _logger() -> Iterator[None]:
+    """What a command does to the logger is undone."""
+    log = logging.getLogger("mtp_mlx")
+    level, handlers, propagate = log.level, log.handlers, log.propagate
+    yield
+    log.setLevel(level)
+    log.handlers, log.propagate = handlers, propagate
+
+
 FIXTURES = Path(__file__).parent / "fixtures"
 VARIANTS = ["gemma4_ple", "gemma4_keqv", "gemma4_moe", "gemma4_unified"]
 QWEN = ["qwen3_5_dense", "qwen3_5_tied", "qwen3_5_moe", "qwen3_5_moe_sharded", "qwen3_next"]
@@ -140,9 +150,8 @@ def mlx_lm_processors(penalties: Penalties) -> list[Callable[[mx.array, mx.array
 
 
 def program(*arguments: str, stdin: bytes = b"") -> subprocess.CompletedProcess[str]:
-    """The command line within this process, where a start costs nothing; what it does to the logger is undone."""
-    out, err, log = io.StringIO(), io.StringIO(), logging.getLogger("mtp_mlx")
-    before = log.level, log.handlers, log.propagate
+    """The command line within this process, where a start costs nothing."""
+    out, err = io.StringIO(), io.StringIO()
     with (
         redirect_stdout(out),
         redirect_stderr(err),
@@ -151,7 +160,6 @@ def program(*arguments: str, stdin: bytes = b"") -> subprocess.CompletedProcess[
         pytest.raises(SystemExit) as left,
     ):
         main()
-    log.level, log.handlers, log.propagate = before
     return subprocess.CompletedProcess(
         ["mtp-mlx", *arguments], int(left.value.code or 0), out.getvalue(), err.getvalue()
     )
