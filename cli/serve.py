@@ -54,8 +54,11 @@ def command(
     top_p: Annotated[float, typer.Option(help="Top-p where a request names none; 1 is off.")] = 1.0,
     min_p: Annotated[float, typer.Option(help="Min-p where a request names none; 0 is off.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="Top-k where a request names none; 0 is off.")] = 0,
-    thinking: Annotated[
-        bool | None, typer.Option(help="Whether to reason where a request does not say; default: as the model does.")
+    think: Annotated[
+        bool | None,
+        typer.Option(
+            "--think/--no-think", help="Whether to reason where a request does not say; default: as the model does."
+        ),
     ] = None,
     parallel: Annotated[int, typer.Option(min=1, max=64, help="Requests that are worked on in turn.")] = SLOTS,
     prompt_cache: PromptCache = "auto",
@@ -80,7 +83,7 @@ def command(
     from mtp_mlx.server.service import Defaults
 
     door = Door(host, port, tuple(allow_host or ()), tuple(allow_origin or ()), api_key, api_key_file)
-    defaults = Defaults(max_tokens, temp, top_p, top_k, min_p, parse_depth(depth), thinking)
+    defaults = Defaults(max_tokens, temp, top_p, top_k, min_p, parse_depth(depth), think)
     parts = Parts(model, drafter, dtype, drafter_bits, kv_bits, adapter)
     cached = Cached(prompt_cache, prompt_cache_dir, prompt_cache_disk)
     serve(parts, cached, door, defaults, tuple(name or ()), ctx, parallel, log_level)
