@@ -13,6 +13,7 @@ from served import USER, Scripted, serving
 from starlette.testclient import TestClient
 from starlette.types import Message, Scope
 
+from mtp_mlx import engine as engine_module
 from mtp_mlx.engine import Engine
 from mtp_mlx.errors import BusyError
 from mtp_mlx.server.limits import Limits
@@ -86,6 +87,17 @@ def test_a_silent_stream_shows_signs_of_life() -> None:
         busy.close()
         assert lines.count(": ping") >= 2 and lines[-1] == "data: [DONE]"
         assert lines.index(": ping") == 1, "headers and role come at once"
+
+
+def test_a_prompt_that_is_read_for_long_shows_signs_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "CHUNK", 2)  # so that progress is made all the time
+    with serving(limits=Limits(ping=0.05, patience=0.01)) as (client, engine):
+        engine.script = "Yes."
+        body = LONG | {"stream": True, "messages": [{"role": "user", "content": "word " * 150}]}
+        with client.stream("POST", CHAT, json=body) as answer:
+            lines = [line for line in answer.iter_lines() if line]
+        content = next(i for i, line in enumerate(lines) if "Yes" in line or '"Y' in line)
+        assert lines[:content].count(": ping") >= 2 and lines[-1] == "data: [DONE]"
 
 
 def _request(client: TestClient, engine: Scripted) -> Any:

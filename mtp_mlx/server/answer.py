@@ -59,13 +59,11 @@ class Answer(Response):
 
     async def _stream(self, source: Source, send: Send, account: Account) -> None:
         # What cannot be served at all is known by then, and has a status of its own.
-        chunks = self._shape.begin() + self._chunks(await self._read(source, self._limits.patience) or [])
+        chunks = self._shape.begin() + self._chunks(await self._read(source, self._limits.patience))
         await send({"type": "http.response.start", "status": 200, "headers": _STREAM})
         try:
             await _send(send, b"".join(map(_event, chunks)))
-            while not source.ended:
-                told = await self._read(source, self._limits.ping)
-                await _send(send, PING if told is None else b"".join(map(_event, self._chunks(told))))
+            await self._follow(source, send)
             last = b"".join(map(_event, self._shape.end(self._replies)))
             await _send(send, last + (b"data: [DONE]\n\n" if self._shape.done else b""))
         except Exception as error:
@@ -73,14 +71,29 @@ class Answer(Response):
             await _send(send, _event(_failure(error, account)))
         await send({"type": "http.response.body", "body": b""})
 
+    async def _follow(self, source: Source, send: Send) -> None:
+        """Send what comes, and a sign of life where nothing was sent for long.
+
+        A prompt that is being read brings events, of which there is nothing to tell.
+        """
+        sent = time.monotonic()
+        while not source.ended:
+            due = sent + self._limits.ping
+            told = await self._read(source, max(0.0, due - time.monotonic()))
+            data = b"".join(map(_event, self._chunks(told)))
+            if not data and time.monotonic() >= due:
+                data = PING
+            if data:
+                await _send(send, data)
+                sent = time.monotonic()
+
     def _chunks(self, told: Sequence[Told]) -> list[Chunk]:
         return [chunk for number, delta in told for chunk in self._shape.add(number, delta)]
 
-    async def _read(self, source: Source, seconds: float) -> list[Told] | None:
-        """What has been said by now, each with the number of its text; None if nothing came in so many seconds."""
-        events = await source.next(seconds)
+    async def _read(self, source: Source, seconds: float) -> list[Told]:
+        """What has been said since, each with the number of its text; waits so many seconds for it at most."""
         told: list[Told] = []
-        for number, event in events:
+        for number, event in await source.next(seconds):
             reply = self._replies[number]
             if reply.finish:
                 continue
@@ -91,7 +104,7 @@ class Answer(Response):
                 told.append((number, reply.end("length")))
             if reply.finish:
                 source.close(number)
-        return told if events else None
+        return told
 
     def _is_late(self, reply: Reply) -> bool:
         limit = self._task.seconds
