@@ -1,12 +1,12 @@
 """What the server adds to `generate`, how long a short request waits behind a long one, what a next turn costs.
 
-    python bench/serve.py [--model demo] [--prompts 6] [--tokens 256] [--repeats 5] [--out figures.json]
+    python bench/serve.py [--model demo] [--prompts 6] [--tokens 256] [--repeats 5] [--parts speed waiting turns]
 
 `speed`: the same texts by `stream_generate` in this process and from a server, in turns; seconds from the request to
 the last token, without prompt cache. `waiting`: the first token of a short request while a prompt of 8,000 tokens is
-read, against the same alone; one slice is 512 tokens of the long prompt. `turns`: a conversation of 4,000 tokens and
-its next turn, from a server with a prompt cache and from one without. The last two run a demo whose context was
-lengthened, which changes no time.
+read, against the same alone; one slice is 512 tokens of the long prompt, on average. `turns`: a conversation of 4,000
+tokens and its next turns, from a server with a prompt cache and from one without. The last two run a demo whose context
+was lengthened, which changes no time.
 """
 
 import argparse
@@ -69,23 +69,22 @@ async def speed(
 
 
 async def waiting(server: Server, tokenizer: TokenizerWrapper, repeats: int) -> dict[str, Any]:
-    long = _tokens(tokenizer, LONG)
+    long = {"prompt": _tokens(tokenizer, LONG), "max_tokens": 1, "temperature": 0}
     short = {"prompt": "def f(x):", "max_tokens": 8, "temperature": 0}
-    slices, alone, behind = list[float](), list[float](), list[float]()
+    alone, behind = list[float](), list[float]()
     async with httpx.AsyncClient(base_url=server.base, timeout=600) as client:
-        for repeat in range(repeats + 1):
-            _, first, _, _ = await stream(client, {"prompt": long, "max_tokens": 1, "temperature": 0})
+        await stream(client, short)  # the first one compiles
+        _, whole, _, _ = await stream(client, long)
+        for repeat in range(repeats):
             _, quick, _, _ = await stream(client, short)
-            running = asyncio.create_task(stream(client, {"prompt": long, "max_tokens": 1, "temperature": 0}))
-            await asyncio.sleep(first * (0.3 + 0.4 * repeat / repeats))
+            running = asyncio.create_task(stream(client, long))
+            await asyncio.sleep(whole * (0.2 + 0.5 * repeat / repeats))
             _, late, _, _ = await stream(client, short)
             assert not running.done(), "the long prompt was read before the short one was answered"
             await running
-            if repeat:
-                slices.append(first / (LONG / CHUNK))
-                alone.append(quick)
-                behind.append(late)
-    slice_seconds = statistics.median(slices)
+            alone.append(quick)
+            behind.append(late)
+    slice_seconds = whole / (LONG / CHUNK)
     waits = [(late - quick) / slice_seconds for late, quick in zip(behind, alone, strict=True)]
     return {
         "slice_s": slice_seconds,
@@ -137,12 +136,15 @@ def _tokens(tokenizer: TokenizerWrapper, count: int) -> list[int]:
 async def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     pair, tokenizer = mtp_mlx.load(options.model)
     figures: dict[str, Any] = {"model": options.model, "tokens": options.tokens, "prompts": options.prompts}
-    with serving(options.model, "--prompt-cache", "0") as server:
-        figures["speed"] = await speed(server, pair, tokenizer, options)
+    if "speed" in options.parts:
+        with serving(options.model, "--prompt-cache", "0") as server:
+            figures["speed"] = await speed(server, pair, tokenizer, options)
     long = stretched(options.model, folder, CONTEXT)
     with serving(long, "--prompt-cache", "0") as cold, serving(long, "--prompt-cache", "1GB") as warm:
-        figures["waiting"] = await waiting(cold, tokenizer, options.repeats)
-        figures["talk"] = await turns(warm, cold, tokenizer)
+        if "turns" in options.parts:
+            figures |= await turns(warm, cold, tokenizer)
+        if "waiting" in options.parts:
+            figures["waiting"] = await waiting(cold, tokenizer, options.repeats)
     return figures
 
 
@@ -152,6 +154,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=6)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--parts", nargs="+", default=["speed", "waiting", "turns"])
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
