@@ -3,29 +3,23 @@
 from collections.abc import Sequence
 from typing import Any
 
-from mlx_lm.tokenizer_utils import TokenizerWrapper
-
 from mtp_mlx.engine import Token
-from mtp_mlx.server.asking import Task
-from mtp_mlx.server.figures import extras, usage
+from mtp_mlx.server.figures import extras
 from mtp_mlx.server.reply import Delta, Reply
-from mtp_mlx.server.shape import Chunk, Frame, finite, origins
+from mtp_mlx.server.shape import Choices, Chunk, finite
 from mtp_mlx.server.spelling import token_bytes, token_text
 from mtp_mlx.server.wire import ChatRequest
 from mtp_mlx.speech import Content, Event, Reasoning, ToolCallArguments, ToolCallStart
 
 
-class Chat:
+class Chat(Choices[ChatRequest]):
     """OpenAI's shape of a chat's answer. Reasoning is told apart as `reasoning_content`.
 
     A call goes out while it is written. One that breaks cannot be taken back: its text follows as content, and the
     answer does not end with "tool_calls" unless another call was whole.
     """
 
-    done = True
-
-    def __init__(self, frame: Frame, body: ChatRequest, task: Task, replies: Sequence[Reply], tokens: TokenizerWrapper):
-        self._frame, self._body, self._task, self._replies, self._tokenizer = frame, body, task, replies, tokens
+    kind, chunk_kind = "chat.completion", "chat.completion.chunk"
 
     def begin(self) -> list[Chunk]:
         start = {"role": "assistant", "content": ""}
@@ -43,17 +37,8 @@ class Chat:
             chunks.append(last | extras(self._replies[number]))
         return chunks
 
-    def end(self, replies: Sequence[Reply]) -> list[Chunk]:
-        if not self._body.include_usage:
-            return []
-        return [self._chunk([]) | {"usage": usage(replies, self._task), **extras(replies[0])}]
-
     def whole(self, replies: Sequence[Reply]) -> Chunk:
-        choices = [self._whole_choice(number, reply) for number, reply in enumerate(replies)]
-        body = self._frame.fields("chat.completion") | {"choices": choices, "usage": usage(replies, self._task)}
-        if self._body.show_drafts:
-            body["drafts"] = [origins(reply.tokens) for reply in replies]
-        return body | extras(replies[0])
+        return self._whole([self._whole_choice(number, reply) for number, reply in enumerate(replies)], replies)
 
     @property
     def _tells_tokens(self) -> bool:
@@ -64,12 +49,7 @@ class Chat:
         choice = _choice(number, change)
         if self._body.logprobs:
             choice["logprobs"] = self._logprobs(tokens)
-        chunk = self._chunk([choice])
-        return chunk | {"drafts": origins(tokens)} if self._body.show_drafts else chunk
-
-    def _chunk(self, choices: list[Chunk]) -> Chunk:
-        chunk = self._frame.fields("chat.completion.chunk") | {"choices": choices}
-        return chunk | {"usage": None} if self._body.include_usage else chunk
+        return self._chunk([choice], tokens)
 
     def _whole_choice(self, number: int, reply: Reply) -> Chunk:
         calls = [_call(*call) for call in reply.calls.values()]

@@ -7,23 +7,22 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mtp_mlx.engine import Token
 from mtp_mlx.server.asking import Task
-from mtp_mlx.server.figures import extras, usage
+from mtp_mlx.server.figures import extras
 from mtp_mlx.server.reply import Delta, Reply
-from mtp_mlx.server.shape import Chunk, Frame, finite, origins
+from mtp_mlx.server.shape import Choices, Chunk, Frame, finite
 from mtp_mlx.server.spelling import token_bytes, token_text
 from mtp_mlx.server.wire import CompletionRequest
-from mtp_mlx.speech import Content
 
 
-class Completions:
+class Completions(Choices[CompletionRequest]):
     """OpenAI's shape of raw texts."""
 
-    done = True
+    kind = chunk_kind = "text_completion"
 
     def __init__(
         self, frame: Frame, body: CompletionRequest, task: Task, replies: Sequence[Reply], tokens: TokenizerWrapper
     ):
-        self._frame, self._body, self._task, self._replies, self._tokenizer = frame, body, task, replies, tokens
+        super().__init__(frame, body, task, replies, tokens)
         self._lengths = [0] * len(replies)  # characters told of each text
 
     def begin(self) -> list[Chunk]:
@@ -32,38 +31,23 @@ class Completions:
         return [self._chunk([self._choice(i, self._echo(i), ())]) for i in range(len(self._replies))]
 
     def add(self, number: int, delta: Delta) -> list[Chunk]:
-        text = _text(delta)
-        chunks = [self._told(number, text, delta.tokens)] if text or self._tells(delta.tokens) else []
+        text, tokens, chunks = delta.content, delta.tokens, list[Chunk]()
+        if text or self._tells(tokens):
+            chunks.append(self._chunk([self._choice(number, text, tokens)], tokens))
         if delta.finish:
             last = self._chunk([self._choice(number, "", (), _reason(delta.finish))])
             chunks.append(last | extras(self._replies[number]))
         return chunks
-
-    def end(self, replies: Sequence[Reply]) -> list[Chunk]:
-        if not self._body.include_usage:
-            return []
-        return [self._chunk([]) | {"usage": usage(replies, self._task), **extras(replies[0])}]
 
     def whole(self, replies: Sequence[Reply]) -> Chunk:
         choices = []
         for number, reply in enumerate(replies):
             text = self._echo(number) + reply.content
             choices.append(self._choice(number, text, reply.tokens, _reason(reply.finish)))
-        body = self._frame.fields("text_completion") | {"choices": choices, "usage": usage(replies, self._task)}
-        if self._body.show_drafts:
-            body["drafts"] = [origins(reply.tokens) for reply in replies]
-        return body | extras(replies[0])
+        return self._whole(choices, replies)
 
     def _tells(self, tokens: Sequence[Token]) -> bool:
         return bool(tokens) and (self._body.logprobs is not None or bool(self._body.show_drafts))
-
-    def _told(self, number: int, text: str, tokens: Sequence[Token]) -> Chunk:
-        chunk = self._chunk([self._choice(number, text, tokens)])
-        return chunk | {"drafts": origins(tokens)} if self._body.show_drafts else chunk
-
-    def _chunk(self, choices: list[Chunk]) -> Chunk:
-        chunk = self._frame.fields("text_completion") | {"choices": choices}
-        return chunk | {"usage": None} if self._body.include_usage else chunk
 
     def _choice(self, number: int, text: str, tokens: Sequence[Token], finish: str | None = None) -> Chunk:
         logprobs = self._logprobs(number, tokens) if self._body.logprobs is not None and tokens else None
@@ -102,10 +86,6 @@ class Completions:
         if "\ufffd" not in text:
             return text
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token_bytes(self._tokenizer, token))
-
-
-def _text(delta: Delta) -> str:
-    return "".join(said.text for said in delta.said if isinstance(said, Content))
 
 
 def _reason(finish: str | None) -> str:

@@ -7,7 +7,6 @@ from mtp_mlx.server.asking import Task
 from mtp_mlx.server.figures import extras
 from mtp_mlx.server.reply import Delta, Reply
 from mtp_mlx.server.shape import Chunk, Frame
-from mtp_mlx.speech import Content
 
 
 class Infills:
@@ -22,10 +21,11 @@ class Infills:
         return []
 
     def add(self, number: int, delta: Delta) -> list[Chunk]:
-        text = "".join(said.text for said in delta.said if isinstance(said, Content))
-        if not text or self._task.silent:
+        if not delta.content or self._task.silent:
             return []
-        return [{"content": text, "tokens": [token.id for token in delta.tokens], "stop": False, "index": number}]
+        return [
+            {"content": delta.content, "tokens": [token.id for token in delta.tokens], "stop": False, "index": number}
+        ]
 
     def end(self, replies: Sequence[Reply]) -> list[Chunk]:
         return [self._last("", [], replies[0])]

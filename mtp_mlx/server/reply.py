@@ -24,6 +24,10 @@ class Delta:
     tokens: tuple[Token, ...] = ()
     finish: Finish | None = None
 
+    @property
+    def content(self) -> str:
+        return "".join(said.text for said in self.said if isinstance(said, Content))
+
 
 class Reply:
     """Reads one text."""
@@ -84,7 +88,7 @@ class Reply:
 
     @property
     def content(self) -> str:
-        return "".join(said.text for said in self.said if isinstance(said, Content))
+        return "".join(delta.content for delta in self.deltas)
 
     @property
     def thoughts(self) -> str:
