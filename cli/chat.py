@@ -12,13 +12,18 @@ from mtp_mlx.cli.display import Notes, Progress, Writer, note, stats_table
 from mtp_mlx.cli.options import (
     Adapter,
     Cached,
+    Depth,
     Drafter,
     DrafterBits,
     Dtype,
     KvBits,
+    MinP,
     Model,
     Parts,
     PromptCache,
+    Temperature,
+    TopK,
+    TopP,
     parse_depth,
 )
 from mtp_mlx.conversation import Conversations
@@ -47,13 +52,11 @@ def command(
     max_tokens: Annotated[
         int, typer.Option("--max-tokens", "-m", help="Tokens of an answer; -1 for as many as the context holds.")
     ] = -1,
-    depth: Annotated[
-        str, typer.Option(help="Tokens to draft per round; 'auto' measures, 0 is plain decoding.")
-    ] = "auto",
-    temp: Annotated[float, typer.Option(help="Sampling temperature; 0 takes the most probable token.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Sample from the smallest set with this probability; 1 is off.")] = 1.0,
-    min_p: Annotated[float, typer.Option(help="Drop tokens below this share of the best one's; 0 is off.")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="Sample from this many tokens; 0 is off.")] = 0,
+    depth: Depth = "auto",
+    temp: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    top_k: TopK = 0,
     seed: Annotated[int | None, typer.Option(help="Seed of the sampling, the same for every answer.")] = None,
     think: Annotated[
         bool | None, typer.Option("--think/--no-think", help="Let a model reason before it answers, or not.")

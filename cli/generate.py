@@ -11,7 +11,21 @@ import typer
 
 from mtp_mlx.choosing import Drafts
 from mtp_mlx.cli.display import Notes, Progress, Writer, note, stats_table, versions
-from mtp_mlx.cli.options import Adapter, Drafter, DrafterBits, Dtype, KvBits, Model, Parts, parse_depth
+from mtp_mlx.cli.options import (
+    Adapter,
+    Depth,
+    Drafter,
+    DrafterBits,
+    Dtype,
+    KvBits,
+    MinP,
+    Model,
+    Parts,
+    Temperature,
+    TopK,
+    TopP,
+    parse_depth,
+)
 from mtp_mlx.conversation import in_chat_template
 from mtp_mlx.errors import RequestError
 from mtp_mlx.generate import (
@@ -46,13 +60,11 @@ def command(
         int,
         typer.Option("--max-tokens", "-m", help="Tokens to generate; -1 for as many as the context holds."),
     ] = DEFAULT_MAX_TOKENS,
-    depth: Annotated[
-        str, typer.Option(help="Tokens to draft per round; 'auto' measures, 0 is plain decoding.")
-    ] = "auto",
-    temp: Annotated[float, typer.Option(help="Sampling temperature; 0 takes the most probable token.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Sample from the smallest set with this probability; 1 is off.")] = 1.0,
-    min_p: Annotated[float, typer.Option(help="Drop tokens below this share of the best one's; 0 is off.")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="Sample from this many tokens; 0 is off.")] = 0,
+    depth: Depth = "auto",
+    temp: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    top_k: TopK = 0,
     xtc_probability: Annotated[
         float, typer.Option(help="How often the most probable choices are left out (XTC); 0 is off.")
     ] = 0.0,

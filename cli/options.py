@@ -42,6 +42,11 @@ Adapter = Annotated[
     str | None,
     typer.Option(help="Folder or hub id of a fine-tune of the target in mlx-lm's format (LoRA, DoRA, full)."),
 ]
+Depth = Annotated[str, typer.Option(help="Tokens to draft per round; 'auto' measures, 0 is plain decoding.")]
+Temperature = Annotated[float, typer.Option(help="Sampling temperature; 0 takes the most probable token.")]
+TopP = Annotated[float, typer.Option(help="Sample from the smallest set with this probability; 1 is off.")]
+MinP = Annotated[float, typer.Option(help="Drop tokens below this share of the best one's; 0 is off.")]
+TopK = Annotated[int, typer.Option(help="Sample from this many tokens; 0 is off.")]
 PromptCache = Annotated[
     str,
     typer.Option(

@@ -8,6 +8,7 @@ import typer
 from mtp_mlx.cli.options import (
     Adapter,
     Cached,
+    Depth,
     Drafter,
     DrafterBits,
     Dtype,
@@ -47,9 +48,7 @@ def command(
     max_tokens: Annotated[
         int, typer.Option("--max-tokens", "-m", help="Tokens of an answer where a request names none; -1: the context.")
     ] = -1,
-    depth: Annotated[
-        str, typer.Option(help="Tokens to draft per round; 'auto' measures, 0 is plain decoding.")
-    ] = "auto",
+    depth: Depth = "auto",
     temp: Annotated[float, typer.Option(help="Temperature where a request names none.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Top-p where a request names none; 1 is off.")] = 1.0,
     min_p: Annotated[float, typer.Option(help="Min-p where a request names none; 0 is off.")] = 0.0,
