@@ -23,7 +23,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 import mtp_mlx
 from mtp_mlx import bench
 from mtp_mlx.cli.options import DTYPES
-from mtp_mlx.generate import encode
+from mtp_mlx.generation import encode
 
 DRAFTS = ("coupled", "argmax", "sampled")
 

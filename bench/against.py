@@ -22,7 +22,7 @@ import report
 
 from mtp_mlx import bench
 from mtp_mlx.cli.options import DTYPES
-from mtp_mlx.generate import encode
+from mtp_mlx.generation import encode
 from mtp_mlx.hub import find
 from mtp_mlx.loading import load_pair
 

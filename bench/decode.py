@@ -20,7 +20,7 @@ import report
 import mtp_mlx
 from mtp_mlx import bench
 from mtp_mlx.cli.options import DTYPES
-from mtp_mlx.generate import encode
+from mtp_mlx.generation import encode
 from mtp_mlx.hub import find
 
 

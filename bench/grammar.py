@@ -25,7 +25,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 import mtp_mlx
 from mtp_mlx.cli.options import DTYPES
 from mtp_mlx.dialects import PLAIN
-from mtp_mlx.generate import DEFAULT_PREFILL_STEP, encode
+from mtp_mlx.generation import DEFAULT_PREFILL_STEP, encode
 from mtp_mlx.grammar import Grammar, Guide
 from mtp_mlx.rounds import Sequence
 

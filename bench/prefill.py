@@ -13,7 +13,7 @@ from pathlib import Path
 import report
 
 import mtp_mlx
-from mtp_mlx.generate import encode
+from mtp_mlx.generation import encode
 from mtp_mlx.ngram import NOBODY
 from mtp_mlx.rounds import Sequence
 from mtp_mlx.types import Pair

@@ -25,7 +25,7 @@ import mtp_mlx
 from mtp_mlx import bench
 from mtp_mlx.choosing import Rules
 from mtp_mlx.cli.options import DTYPES
-from mtp_mlx.generate import DEFAULT_PREFILL_STEP, encode
+from mtp_mlx.generation import DEFAULT_PREFILL_STEP, encode
 from mtp_mlx.ngram import NOBODY
 from mtp_mlx.programs import Programs
 from mtp_mlx.rounds import Sequence

@@ -24,7 +24,7 @@ from serving import Server, events, serving, stretched
 
 import mtp_mlx
 from mtp_mlx.engine import CHUNK
-from mtp_mlx.generate import encode
+from mtp_mlx.generation import encode
 from mtp_mlx.types import Pair
 
 LONG, TALK, CONTEXT = 8000, 4000, 16384

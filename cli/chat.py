@@ -30,7 +30,7 @@ from mtp_mlx.conversation import Conversations
 from mtp_mlx.dialects import find_dialect
 from mtp_mlx.engine import Engine, Piece, Request
 from mtp_mlx.errors import MTPError, RequestError
-from mtp_mlx.generate import check_text
+from mtp_mlx.generation import check_text
 from mtp_mlx.hub import DEMO
 from mtp_mlx.loading import Loaded
 from mtp_mlx.options import Options

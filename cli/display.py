@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.style import Style
 from rich.table import Table
 
-from mtp_mlx.generate import Origin
+from mtp_mlx.generation import Origin
 from mtp_mlx.loading import fetch
 from mtp_mlx.stats import Stats
 

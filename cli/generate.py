@@ -28,11 +28,8 @@ from mtp_mlx.cli.options import (
 )
 from mtp_mlx.conversation import in_chat_template
 from mtp_mlx.errors import RequestError
-from mtp_mlx.generate import (
-    Response,
-    check_text,
-    stream_generate,
-)
+from mtp_mlx.generate import stream_generate
+from mtp_mlx.generation import Response, check_text
 from mtp_mlx.hub import DEMO, DEMOS
 from mtp_mlx.loading import Loaded
 from mtp_mlx.options import DEFAULT_MAX_TOKENS, DEFAULT_PREFILL_STEP

@@ -15,7 +15,7 @@ from mtp_mlx.cli.display import Notes, versions
 from mtp_mlx.cli.options import Adapter, Drafter, DrafterBits, KvBits, Model, Parts, parse_depth
 from mtp_mlx.conversation import in_chat_template
 from mtp_mlx.errors import RequestError
-from mtp_mlx.generate import encode
+from mtp_mlx.generation import encode
 from mtp_mlx.hub import DEMO
 from mtp_mlx.loading import Loaded
 from mtp_mlx.sampling import check_seed, choose_sampler

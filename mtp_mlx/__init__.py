@@ -2,7 +2,8 @@
 
 from mtp_mlx.choosing import Rules
 from mtp_mlx.errors import CheckpointError, MTPError, PairError, RequestError
-from mtp_mlx.generate import Response, generate, stream_generate
+from mtp_mlx.generate import generate, stream_generate
+from mtp_mlx.generation import Response
 from mtp_mlx.loading import load
 from mtp_mlx.penalties import Penalties
 from mtp_mlx.sampling import Greedy, Sample

@@ -27,7 +27,8 @@ from mtp_mlx.cache import RecurrentCache
 from mtp_mlx.choosing import Rules
 from mtp_mlx.conversation import in_chat_template
 from mtp_mlx.errors import CheckpointError, RequestError
-from mtp_mlx.generate import Response, encode, stream_generate
+from mtp_mlx.generate import stream_generate
+from mtp_mlx.generation import Response, encode
 from mtp_mlx.ngram import NOBODY
 from mtp_mlx.options import DEFAULT_PREFILL_STEP
 from mtp_mlx.programs import compiles

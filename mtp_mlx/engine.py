@@ -16,7 +16,7 @@ import mlx.core as mx
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mtp_mlx.errors import BusyError, MTPError
-from mtp_mlx.generate import Origin, Progress, Response, generation, wired
+from mtp_mlx.generation import Origin, Progress, Response, generation, wired
 from mtp_mlx.options import Options
 from mtp_mlx.prefixes import Prefixes, Usage
 from mtp_mlx.stats import Stats

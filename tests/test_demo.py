@@ -12,7 +12,7 @@ from mlx_lm.generate import generate_step
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 import mtp_mlx
-from mtp_mlx.generate import encode
+from mtp_mlx.generation import encode
 from mtp_mlx.hub import DEMOS
 
 HELD_OUT = Path(__file__).parent.parent / "bench" / "demo" / "heldout.json"

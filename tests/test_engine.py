@@ -23,7 +23,7 @@ from mtp_mlx.conversation import Conversations
 from mtp_mlx.dialects import find_dialect
 from mtp_mlx.engine import Engine, Event, Piece, Request, Stream
 from mtp_mlx.errors import BusyError, MTPError, RequestError
-from mtp_mlx.generate import Progress, Response, generation
+from mtp_mlx.generation import Progress, Response, generation
 from mtp_mlx.grammar import Grammar, Guide
 from mtp_mlx.loading import load
 from mtp_mlx.options import Options

@@ -11,7 +11,8 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 import mtp_mlx
 from mtp_mlx.errors import RequestError
-from mtp_mlx.generate import Response, encode, generate, stream_generate
+from mtp_mlx.generate import generate, stream_generate
+from mtp_mlx.generation import Response, encode
 from mtp_mlx.models.qwen3_5_mtp import Head
 from mtp_mlx.ngram import NoDrafter
 from mtp_mlx.sampling import Sample

@@ -24,7 +24,8 @@ from mtp_mlx.accept import accept
 from mtp_mlx.cache import Cache
 from mtp_mlx.cli.verify import PROMPTS, read_prompts
 from mtp_mlx.errors import RequestError
-from mtp_mlx.generate import Response, encode, stream_generate
+from mtp_mlx.generate import stream_generate
+from mtp_mlx.generation import Response, encode
 from mtp_mlx.ngram import NoDrafter
 from mtp_mlx.sampling import Greedy, Sample, Sampler, draw, keys
 from mtp_mlx.stats import Stats

@@ -7,7 +7,7 @@ from typing import Any
 
 from mtp_mlx.conversation import Prompt
 from mtp_mlx.engine import Request
-from mtp_mlx.generate import check_text
+from mtp_mlx.generation import check_text
 from mtp_mlx.grammar import Grammar
 from mtp_mlx.marks import Mark
 from mtp_mlx.options import Options

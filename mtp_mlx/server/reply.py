@@ -7,7 +7,7 @@ from typing import Literal
 
 from mtp_mlx.dialects import Dialect
 from mtp_mlx.engine import Event, Piece, Token
-from mtp_mlx.generate import Progress
+from mtp_mlx.generation import Progress
 from mtp_mlx.server.asking import Task, Voice
 from mtp_mlx.speech import Content, Parser, Reasoning, ToolCallArguments, ToolCallEnd, ToolCallStart
 from mtp_mlx.speech import Event as Said
