@@ -364,6 +364,7 @@ class RecurrentCache:
     """
 
     def __init__(self, kernel: int) -> None:
+        self.kernel = kernel
         self._reach = kernel - 1  # rows before a token that its convolution sees
         self._tail: mx.array | None = None  # (B, kernel-1, C)
         self._state: mx.array | None = None  # (B, Hv, Dv, Dk)
