@@ -61,5 +61,5 @@ class Model(nn.Module):
         if input_embeddings is not None:
             raise RequestError("this model takes token ids only; leave the input embeddings (or images) out")
         caches = stock.passing(self._kept) if cache is None else cache
-        span = stock.span(caches, inputs.shape[1])
-        return self._pair.target(inputs, stock.over(self._kept, caches), span).logits
+        held = stock.over(self._kept, caches)
+        return self._pair.target(inputs, held, stock.span(caches, inputs.shape[1])).logits
