@@ -1,10 +1,12 @@
 """Lossless multi-token prediction on MLX."""
 
+from mtp_mlx.attach import attach
 from mtp_mlx.choosing import Rules
 from mtp_mlx.errors import CheckpointError, MTPError, PairError, RequestError
 from mtp_mlx.generate import generate, stream_generate
 from mtp_mlx.generation import Response
 from mtp_mlx.loading import load
+from mtp_mlx.model import Model
 from mtp_mlx.penalties import Penalties
 from mtp_mlx.sampling import Greedy, Sample
 from mtp_mlx.stats import Stats
@@ -16,6 +18,7 @@ __all__ = [
     "CheckpointError",
     "Greedy",
     "MTPError",
+    "Model",
     "Pair",
     "PairError",
     "Penalties",
@@ -24,6 +27,7 @@ __all__ = [
     "Rules",
     "Sample",
     "Stats",
+    "attach",
     "generate",
     "load",
     "stream_generate",

@@ -511,6 +511,52 @@ def _built(build: Callable[[Mapping[str, Any]], Built], checkpoint: Checkpoint) 
         raise CheckpointError(f"{checkpoint.folder} cannot be used: {error}") from error
 
 
+# --------------------------------------------------------------------------- weights that are in memory already
+
+
+def hollow_target(checkpoint: Checkpoint) -> Target:
+    """The network that a target's config describes, to be given its weights.
+
+    Raises PairError for a model that is no target, CheckpointError for a config that makes no sense.
+    """
+    build = _TARGETS.get(checkpoint.model_type)
+    if build is None:
+        raise PairError(
+            f"a model of type {checkpoint.model_type!r} has no drafter here; supported are "
+            f"{', '.join(sorted(_TARGETS))}"
+        )
+    if build is _qwen_target:
+        return _built(lambda config: qwen3_5.Model(qwen3_5.TextConfig.from_dict(config)), checkpoint)
+    return _built(lambda config: gemma4.Model(gemma4.TextConfig.from_dict(config)), checkpoint)
+
+
+def pair_up(
+    target: Target,
+    model: str,
+    checkpoint: Checkpoint,
+    drafter: str | None = "auto",
+    *,
+    drafter_bits: Bits = "auto",
+    kv_bits: int | None = None,
+) -> tuple[Pair, str | None, str]:
+    """A target that is in memory with its drafter, which is loaded; the drafter's name, and the reason for it.
+
+    `checkpoint` is where the target came from. Where that is not known its folder is none, and only the config speaks.
+    """
+    if kv_bits not in (None, 4, 8):
+        raise RequestError(f"keys and values cannot be held in {kv_bits} bits; give 4 or 8, or leave it out")
+    _check_kv(target, kv_bits)
+    choice = choose(model, checkpoint, drafter)
+    chosen, reason, build_drafter = _drafter(choice, checkpoint)
+    built, failure = _build(build_drafter, choice, None, target)
+    if failure is not None:
+        chosen, reason = None, failure
+    reason += _narrowed(built, target, drafter_bits)
+    network = _network_of(built)
+    mx.eval([_module(part).parameters() for part in (target, network) if part is not None])
+    return Pair(target, built, kv_bits=kv_bits), chosen, reason
+
+
 # --------------------------------------------------------------------------- what converters have to know
 
 

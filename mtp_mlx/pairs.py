@@ -123,7 +123,7 @@ def choose(model: str, checkpoint: Checkpoint, drafter: str | None) -> Choice:
     if drafter != "auto":
         return Choice((drafter,), "named by the caller", own=True)
     headed = checkpoint.model_type in registry().headed
-    inside = _inside(checkpoint, headed)
+    inside = _inside(checkpoint, headed) if checkpoint.folder.is_dir() else None
     if inside is not None:
         return inside
     named = _by_name(model, checkpoint) or _by_shape(checkpoint)

@@ -46,16 +46,16 @@ def passing(layers: Sequence[LayerCache]) -> list[StockCache]:
 
 
 def over(layers: Sequence[LayerCache], caches: Sequence[StockCache]) -> Cache:
-    """A cache that reads and writes mlx-lm's, for one block.
+    """A cache that reads and writes mlx-lm's, for one block. What stands behind the layers' own is a drafter's.
 
     Raises RequestError for caches that were made for another model.
     """
-    if len(caches) != len(layers):
+    if len(caches) < len(layers):
         raise RequestError(
             f"the prompt cache has {len(caches)} layers, this model keeps {len(layers)}; "
             "make one with make_prompt_cache(model)"
         )
-    return Cache([_over(i, layer, cache) for i, (layer, cache) in enumerate(zip(layers, caches, strict=True))])
+    return Cache([_over(i, layer, cache) for i, (layer, cache) in enumerate(zip(layers, caches, strict=False))])
 
 
 def _over(i: int, layer: LayerCache, cache: StockCache) -> LayerCache:
@@ -89,8 +89,9 @@ class Fetched(NamedTuple):
     values: Any
 
     def attend(self, queries: mx.array, scale: float, mask: Mask) -> mx.array:
-        out = scaled_dot_product_attention(queries, self.keys, self.values, cache=self.cache, scale=scale, mask=mask)
-        return cast(mx.array, out)
+        # A mask may be "causal" too, which mlx-lm's hint leaves out.
+        seen = cast(mx.array | None, mask)
+        return scaled_dot_product_attention(queries, self.keys, self.values, cache=self.cache, scale=scale, mask=seen)
 
 
 class StockRows(KeyValueCache):

@@ -1,14 +1,12 @@
 """Our networks over mlx-lm's caches give what mlx-lm's own give: chunks, single steps, padded batches."""
 
-import tempfile
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import pytest
-from conftest import QWEN, VARIANTS, WINDOW, float32_copy, gap, mlx_lm_model, tiny_pair, varied_tokens
+from conftest import QWEN, VARIANTS, WINDOW, gap, tiny_pair, varied_tokens
+from faces import chunked, ours, theirs
 from mlx_lm.models.cache import (
     ArraysCache,
     BatchRotatingKVCache,
@@ -27,24 +25,6 @@ from mtp_mlx.types import Pair
 LENGTH = 3 * WINDOW
 TOLERANCE = 2e-4  # Gemma is exact, the recurrence is summed in another order
 HYBRID = [variant for variant in QWEN if not variant.endswith("sharded")]
-
-
-@cache
-def ours(variant: str) -> Model:
-    return Model(Pair(*tiny_pair(variant)), {"model_type": variant})
-
-
-@cache
-def theirs(variant: str) -> nn.Module:
-    """mlx-lm's model of the same weights, in float32."""
-    with tempfile.TemporaryDirectory() as folder:
-        return mlx_lm_model(float32_copy(variant, Path(folder) / variant))
-
-
-def chunked(model: nn.Module, tokens: mx.array, ends: list[int], caches: list[Any]) -> mx.array:
-    """Logits of a text that is read in chunks."""
-    parts = [model(tokens[:, a:b], cache=caches) for a, b in zip([0, *ends], ends, strict=False)]
-    return mx.concatenate(parts, axis=1)
 
 
 def batch(model: Any, texts: list[list[int]], step: int) -> tuple[list[mx.array], list[Any]]:
