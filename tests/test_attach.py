@@ -36,7 +36,7 @@ def tokens_(length: int = 40) -> mx.array:
 
 
 def parameters(module: nn.Module) -> dict[str, mx.array]:
-    found: dict[str, mx.array] = dict(tree_flatten(module.parameters()))  # type: ignore[no-untyped-call]
+    found: dict[str, mx.array] = dict(tree_flatten(module.parameters()))
     return found
 
 
