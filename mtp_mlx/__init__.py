@@ -2,9 +2,10 @@
 
 from mtp_mlx.choosing import Rules
 from mtp_mlx.errors import CheckpointError, MTPError, PairError, RequestError
-from mtp_mlx.generate import generate, stream_generate
+from mtp_mlx.generate import generate, generate_step, stream_generate
 from mtp_mlx.generation import Response
 from mtp_mlx.loading import load
+from mtp_mlx.model import Model
 from mtp_mlx.penalties import Penalties
 from mtp_mlx.sampling import Greedy, Sample
 from mtp_mlx.stats import Stats
@@ -16,6 +17,7 @@ __all__ = [
     "CheckpointError",
     "Greedy",
     "MTPError",
+    "Model",
     "Pair",
     "PairError",
     "Penalties",
@@ -25,6 +27,7 @@ __all__ = [
     "Sample",
     "Stats",
     "generate",
+    "generate_step",
     "load",
     "stream_generate",
 ]
