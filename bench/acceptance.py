@@ -30,9 +30,10 @@ DRAFTS = ("coupled", "argmax", "sampled")
 
 def main() -> None:
     options = parser().parse_args()
-    pair, tokenizer = mtp_mlx.load(
-        options.model, options.drafter, dtype=DTYPES[options.dtype], drafter_bits=options.drafter_bits
+    loaded, tokenizer = mtp_mlx.load(
+        options.model, drafter=options.drafter, dtype=DTYPES[options.dtype], drafter_bits=options.drafter_bits
     )
+    pair = loaded.pair
     prompts = json.loads(options.prompts.read_text())[: options.limit]
     figures: dict[str, dict[str, Any]] = {}
     for depth in options.depth:

@@ -27,7 +27,7 @@ CONTEXT = (mx.zeros((1,), mx.uint32), mx.zeros((1, 0), mx.int32))  # no seed, no
 
 def main() -> None:
     options = _options()
-    pair, _ = mtp_mlx.load(options.model, None)
+    pair = mtp_mlx.load(options.model, drafter=None)[0].pair
     arms: dict[str, Callable[[Pair, int, int], tuple[float, int]]] = {"one at a time": _synchronous, "ahead": _ahead}
     figures: dict[str, Any] = {}
     for capacity in options.capacity:

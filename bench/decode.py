@@ -26,7 +26,8 @@ from mtp_mlx.hub import find
 
 def main() -> None:
     options = _options()
-    pair, tokenizer = mtp_mlx.load(options.model, options.drafter, dtype=DTYPES[options.dtype])
+    loaded, tokenizer = mtp_mlx.load(options.model, drafter=options.drafter, dtype=DTYPES[options.dtype])
+    pair = loaded.pair
     prompts = [encode(tokenizer, entry["text"]) for entry in report.prompts(options.prompts, options.limit)]
     plan = bench.Plan(prompts, options.depth, options.tokens, options.repeats, options.temp)
     found = bench.measure(pair, tokenizer, find(options.model), plan, report.say)

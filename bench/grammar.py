@@ -65,7 +65,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--vocabulary", type=int, default=150_000)
     options = parser.parse_args()
-    pair, tokenizer = mtp_mlx.load(options.model, options.drafter, dtype=DTYPES[options.dtype])
+    loaded, tokenizer = mtp_mlx.load(options.model, drafter=options.drafter, dtype=DTYPES[options.dtype])
+    pair = loaded.pair
     rounds = beside(pair, tokenizer, options.depth, options.rounds, options.repeats)
     report.say(f"rounds: {rounds}")
     own = Guide.of(tokenizer, pair.target.vocabulary, frozenset(tokenizer.eos_token_ids), PLAIN)

@@ -23,7 +23,8 @@ TEXT = Path(__file__).read_text()
 
 def main() -> None:
     options = _options()
-    pair, tokenizer = mtp_mlx.load(options.model)
+    loaded, tokenizer = mtp_mlx.load(options.model)
+    pair = loaded.pair
     prompt = (encode(tokenizer, TEXT) * (options.tokens // 100))[: options.tokens]
     arms = {
         "plain": (Pair(pair.target, NOBODY), len(prompt)),

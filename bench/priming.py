@@ -72,7 +72,8 @@ def main() -> None:
     parser = acceptance.parser()
     parser.set_defaults(model="demo-qwen", depth=[3])
     options = parser.parse_args()
-    pair, tokenizer = mtp_mlx.load(options.model, options.drafter, dtype=acceptance.DTYPES[options.dtype])
+    loaded, tokenizer = mtp_mlx.load(options.model, drafter=options.drafter, dtype=acceptance.DTYPES[options.dtype])
+    pair = loaded.pair
     if not isinstance(pair.drafter, Head):
         sys.exit(f"{options.model} has no mtp head")
     arms = {"primed": pair, "unprimed": Pair(pair.target, Unprimed(pair.drafter))}

@@ -40,7 +40,8 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=9, help="the largest block")
     parser.add_argument("--repeats", type=int, default=9)
     options = parser.parse_args()
-    pair, tokenizer = mtp_mlx.load(options.model, options.drafter, dtype=DTYPES[options.dtype])
+    loaded, tokenizer = mtp_mlx.load(options.model, drafter=options.drafter, dtype=DTYPES[options.dtype])
+    pair = loaded.pair
     ids = encode(tokenizer, TEXT)
     contexts: dict[int, dict[str, Any]] = {}
     for length in sorted(options.context):

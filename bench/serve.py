@@ -134,7 +134,8 @@ def _tokens(tokenizer: TokenizerWrapper, count: int) -> list[int]:
 
 
 async def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    pair, tokenizer = mtp_mlx.load(options.model)
+    loaded, tokenizer = mtp_mlx.load(options.model)
+    pair = loaded.pair
     figures: dict[str, Any] = {"model": options.model, "tokens": options.tokens, "prompts": options.prompts}
     if "speed" in options.parts:
         with serving(options.model, "--prompt-cache", "0") as server:

@@ -32,7 +32,8 @@ def ours(target: str, drafter: str, dtype: str) -> Engine:
     from mtp_mlx.ngram import NOBODY
     from mtp_mlx.rounds import Sequence
 
-    pair, tokenizer = mtp_mlx.load(target, drafter, dtype=DTYPES[dtype])
+    loaded, tokenizer = mtp_mlx.load(target, drafter=drafter, dtype=DTYPES[dtype])
+    pair = loaded.pair
 
     def write(request: Request) -> Iterator[tuple[int, int]]:
         options = {"max_tokens": request["tokens"], "depth": request["depth"], "lookup": False}

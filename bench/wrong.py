@@ -61,8 +61,8 @@ class Wrong:
 
 def main() -> None:
     options = _options()
-    loaded, tokenizer = mtp_mlx.load(options.model, options.drafter, dtype=DTYPES[options.dtype])
-    pair = replace(loaded, drafter=Wrong(loaded.drafter))
+    loaded, tokenizer = mtp_mlx.load(options.model, drafter=options.drafter, dtype=DTYPES[options.dtype])
+    pair = replace(loaded.pair, drafter=Wrong(loaded.pair.drafter))
     prompt = "import os\nimport sys\n\n\ndef main("
 
     def run(depth: int | str) -> tuple[float, mtp_mlx.Stats]:

@@ -3,7 +3,7 @@
 from mtp_mlx.attach import attach
 from mtp_mlx.choosing import Rules
 from mtp_mlx.errors import CheckpointError, MTPError, PairError, RequestError
-from mtp_mlx.generate import generate, stream_generate
+from mtp_mlx.generate import generate, generate_step, stream_generate
 from mtp_mlx.generation import Response
 from mtp_mlx.loading import load
 from mtp_mlx.model import Model
@@ -29,6 +29,7 @@ __all__ = [
     "Stats",
     "attach",
     "generate",
+    "generate_step",
     "load",
     "stream_generate",
 ]

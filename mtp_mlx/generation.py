@@ -23,6 +23,7 @@ from mtp_mlx.options import Options, Prompt
 from mtp_mlx.penalties import Penalties
 from mtp_mlx.prefixes import Prefixes
 from mtp_mlx.programs import compiles
+from mtp_mlx.prompt_cache import PromptCache
 from mtp_mlx.rounds import Round, rounds
 from mtp_mlx.sampling import Greedy, Sample, Sampler, check_seed
 from mtp_mlx.stats import Memory, Stats
@@ -59,7 +60,7 @@ def generation(
     tokenizer: TokenizerWrapper,
     prompt: Prompt,
     options: Options,
-    prefixes: Prefixes | None = None,
+    prefixes: Prefixes | PromptCache | None = None,
     marks: Iterable[int] = (),
 ) -> Generator[Progress | list[Response], None, None]:
     """The text that follows a prompt, slice by slice. `options` are those of `mtp_mlx.stream_generate`.
@@ -102,7 +103,7 @@ def generation(
                 return
 
 
-def _admitted(pair: Pair, ids: list[int], options: Options, prefixes: Prefixes) -> Admission:
+def _admitted(pair: Pair, ids: list[int], options: Options, prefixes: Prefixes | PromptCache) -> Admission:
     """How many tokens may follow a prompt; room for them is made.
 
     Raises RequestError where they cannot be served, BusyError where they can be once other texts have ended.
@@ -110,9 +111,10 @@ def _admitted(pair: Pair, ids: list[int], options: Options, prefixes: Prefixes) 
     check_tokens(ids, pair.target.vocabulary)
     if options.prefill_step_size < 1:
         raise RequestError(f"prefill step size {options.prefill_step_size} must be at least 1")
-    allowed = check_lengths(len(ids), options.max_tokens, pair.target.context)
+    length = prefixes.offset + len(ids) if ids else 0
+    allowed = check_lengths(length, options.max_tokens, pair.target.context)
     endless, evictable = options.max_tokens == -1, prefixes.evictable
-    admission = admit(pair, len(ids), allowed, endless=endless, evictable=evictable, claims=prefixes.claims)
+    admission = admit(pair, length, allowed, endless=endless, evictable=evictable, claims=prefixes.claims)
     prefixes.release(admission.short)
     return admission
 

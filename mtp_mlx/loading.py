@@ -5,10 +5,10 @@ The only module that knows architectures by name. A new one is a file in models/
 
 import logging
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, Literal, NamedTuple, TypeVar, cast, overload
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -21,6 +21,7 @@ from mtp_mlx.draft_model import DraftModel
 from mtp_mlx.drafter_bits import Bits, choose_bits, quantise
 from mtp_mlx.errors import CheckpointError, MTPError, PairError, RequestError
 from mtp_mlx.hub import DEMO, DEMOS, TENSORS, find, first_line
+from mtp_mlx.model import Model
 from mtp_mlx.models import base, gemma4, gemma4_assistant, qwen3_5, qwen3_5_mtp
 from mtp_mlx.ngram import NOBODY
 from mtp_mlx.pairs import HOW_TO_GET_A_HEAD, LOOKUP, Choice, choose, holds_head, sidecar
@@ -45,6 +46,7 @@ class Loaded:
     expected: bool = True  # the drafter was named, or is a part of the target; another choice is news to the user
     places: tuple[Path, ...] = ()  # folders, or a drafter's file, that all of it was read from
     networks: tuple[nn.Module, ...] = ()  # all weights: the target's, and the drafter's own
+    config: Mapping[str, Any] = field(default_factory=dict)  # the target's config.json
 
 
 def _gemma4_target(checkpoint: Checkpoint, dtype: mx.Dtype | None) -> gemma4.Model:
@@ -175,38 +177,105 @@ _ALONE: dict[str, Callable[[Checkpoint, mx.Dtype | None], memory.Network]] = {
 _HEADS = {name: _qwen_head for name, build in _TARGETS.items() if build is _qwen_target}
 
 
+@overload
 def load(
-    model: str | Path = DEMO,
-    drafter: str | Path | None = "auto",
+    path_or_hf_repo: str | Path = DEMO,
+    tokenizer_config: Mapping[str, Any] | None = None,
+    model_config: Mapping[str, Any] | None = None,
+    adapter_path: str | Path | None = None,
+    lazy: bool = False,
+    return_config: Literal[False] = False,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
     *,
+    drafter: str | Path | None = "auto",
     dtype: mx.Dtype | None = None,
     drafter_bits: Bits = "auto",
     kv_bits: int | None = None,
-    adapter: str | Path | None = None,
-) -> tuple[Pair, TokenizerWrapper]:
-    """Load a target with its drafter, and the tokenizer.
+) -> tuple[Model, TokenizerWrapper]: ...
+@overload
+def load(
+    path_or_hf_repo: str | Path = DEMO,
+    tokenizer_config: Mapping[str, Any] | None = None,
+    model_config: Mapping[str, Any] | None = None,
+    adapter_path: str | Path | None = None,
+    lazy: bool = False,
+    *,
+    return_config: Literal[True],
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    drafter: str | Path | None = "auto",
+    dtype: mx.Dtype | None = None,
+    drafter_bits: Bits = "auto",
+    kv_bits: int | None = None,
+) -> tuple[Model, TokenizerWrapper, dict[str, Any]]: ...
+def load(
+    path_or_hf_repo: str | Path = DEMO,
+    tokenizer_config: Mapping[str, Any] | None = None,
+    model_config: Mapping[str, Any] | None = None,
+    adapter_path: str | Path | None = None,
+    lazy: bool = False,
+    return_config: bool = False,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    *,
+    drafter: str | Path | None = "auto",
+    dtype: mx.Dtype | None = None,
+    drafter_bits: Bits = "auto",
+    kv_bits: int | None = None,
+) -> tuple[Model, TokenizerWrapper] | tuple[Model, TokenizerWrapper, dict[str, Any]]:
+    """Load a target with its drafter, and the tokenizer; and, if asked for, its config.json. As mlx-lm's `load`.
 
-    `model` is a folder, a hub id or demo. `drafter` is a folder, a hub id, a file, "auto" for the one that belongs
-    to the target, or None (or "none") for plain decoding; a smaller model of the target's family drafts as well.
-    `dtype` recasts the weights that are not quantised; None keeps the checkpoint's. `drafter_bits` 4 or 8 quantises the
-    drafter, None keeps it as it is, "auto" quantises one that would read too much beside a quantised target.
-    `kv_bits` 4 or 8 quantises the keys and values of full-attention layers: the text is then that of plain decoding
-    with the same `kv_bits`. `adapter` is the folder or hub id of a fine-tune of the target in mlx-lm's format.
+    `path_or_hf_repo` is a folder, a hub id or demo, `adapter_path` the folder or hub id of a fine-tune of it in
+    mlx-lm's format. `tokenizer_config` is handed to the tokenizer. `lazy` changes nothing: weights are checked, hence
+    read at once. `model_config` may only repeat what config.json says; `revision` and `trust_remote_code` are refused.
+
+    `drafter` is a folder, a hub id, a file, "auto" for the one that belongs to the target, or None (or "none") for
+    plain decoding; a smaller model of the target's family drafts as well. `dtype` recasts the weights that are not
+    quantised; None keeps the checkpoint's. `drafter_bits` 4 or 8 quantises the drafter, None keeps it as it is, "auto"
+    quantises one that would read too much beside a quantised target. `kv_bits` 4 or 8 quantises the keys and values of
+    full-attention layers: the text is then that of plain decoding with the same `kv_bits`.
 
     Raises CheckpointError for a checkpoint that cannot be read, PairError for a drafter made for another target,
-    RequestError for bits that are not to be had.
+    RequestError for bits that are not to be had and for what mlx-lm could do and this cannot.
     """
+    _refuse_foreign(tokenizer_config, revision, trust_remote_code)
     loaded = load_pair(
-        _name(model),
+        _name(path_or_hf_repo),
         None if drafter is None else _name(drafter),
         dtype,
         drafter_bits=drafter_bits,
         kv_bits=kv_bits,
-        adapter=None if adapter is None else _name(adapter),
+        adapter=None if adapter_path is None else _name(adapter_path),
+        tokenizer_config=tokenizer_config,
+        model_config=model_config,
     )
     if loaded.drafter is None and drafter == "auto":
         _log.warning("no drafter: %s", loaded.drafter_reason)
-    return loaded.pair, loaded.tokenizer
+    model = Model(loaded.pair, loaded.config)
+    return (model, loaded.tokenizer, dict(loaded.config)) if return_config else (model, loaded.tokenizer)
+
+
+def _refuse_foreign(tokenizer_config: Mapping[str, Any] | None, revision: str | None, trust: bool) -> None:
+    """Raises RequestError for what mlx-lm's `load` can be asked and this one cannot."""
+    if trust or (tokenizer_config or {}).get("trust_remote_code"):
+        raise RequestError("code that comes with a checkpoint is never run; leave trust_remote_code out")
+    if revision is not None:
+        raise RequestError(
+            f"revision {revision!r}: a model is taken as it is on the hub now; download that revision into a folder "
+            "(hf download MODEL --revision REVISION --local-dir FOLDER) and give the folder"
+        )
+
+
+def _refuse_changes(checkpoint: Checkpoint, model_config: Mapping[str, Any] | None) -> None:
+    """Raises RequestError for entries that a checkpoint's config does not have in the same way."""
+    for name, value in (model_config or {}).items():
+        if name not in checkpoint.config or checkpoint.config[name] != value:
+            said = f"{checkpoint.config[name]!r}" if name in checkpoint.config else "nothing"
+            raise RequestError(
+                f"model_config gives {name} {value!r}, its config.json says {said}; the network is built as "
+                "that says: change it in a copy of the folder"
+            )
 
 
 def _name(given: str | Path) -> str:
@@ -222,6 +291,8 @@ def load_pair(
     drafter_bits: Bits = "auto",
     kv_bits: int | None = None,
     adapter: str | None = None,
+    tokenizer_config: Mapping[str, Any] | None = None,
+    model_config: Mapping[str, Any] | None = None,
 ) -> Loaded:
     """As `load`, with the names of both parts and the reason for the choice of drafter."""
     if kv_bits not in (None, 4, 8):
@@ -229,6 +300,7 @@ def load_pair(
     if dtype is not None and not mx.issubdtype(dtype, mx.floating):
         raise RequestError(f"weights cannot be {dtype}; give a floating-point type such as mx.float32")
     checkpoint = open_target(find(model, open_target))
+    _refuse_changes(checkpoint, model_config)
     build = _TARGETS[checkpoint.model_type]
     choice = choose(model, checkpoint, drafter)
     # Before the target, which may take minutes: a mistyped drafter should be known at once.
@@ -248,7 +320,7 @@ def load_pair(
     places = [checkpoint.folder, *(locate(name) for name in (chosen, adapter) if name is not None)]
     return Loaded(
         Pair(target, built, kv_bits=kv_bits),
-        _tokenizer(checkpoint),
+        _tokenizer(checkpoint, tokenizer_config),
         model,
         chosen,
         reason,
@@ -256,6 +328,7 @@ def load_pair(
         choice.own,
         tuple(places),
         tuple(networks),
+        checkpoint.config,
     )
 
 
@@ -625,12 +698,12 @@ def for_mlx_lm(checkpoint: Checkpoint) -> dict[str, Any]:
     return {"vocab_size": text["vocab_size"], "text_config": {**text, "hidden_size_per_layer_input": width}}
 
 
-def _tokenizer(checkpoint: Checkpoint) -> TokenizerWrapper:
+def _tokenizer(checkpoint: Checkpoint, config: Mapping[str, Any] | None = None) -> TokenizerWrapper:
     if not (checkpoint.folder / "tokenizer.json").is_file():
         raise CheckpointError(f"{checkpoint.folder} has no tokenizer.json; download the whole checkpoint")
     # The limit is ours to check, against the model's context; transformers would only warn, on stderr. And without
     # a no it would ask on a terminal whether to run a tokenizer's own code.
-    options = {"model_max_length": 2**40, "trust_remote_code": False}
+    options = {"model_max_length": 2**40, **(config or {}), "trust_remote_code": False}
     eos = checkpoint.eos_token_ids()
     try:
         tokenizer: TokenizerWrapper = load_tokenizer(checkpoint.folder, options, eos_token_ids=eos)

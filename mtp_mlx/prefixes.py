@@ -67,6 +67,8 @@ class Prefixes:
     are kept for the time after a restart.
     """
 
+    offset = 0  # tokens that stand before every prompt
+
     def __init__(self, pair: Pair, budget: int, every: int = EVERY, near: int = NEAR, store: Store | None = None):
         self.pair, self.budget, self.every, self.near = pair, budget, every, near
         self._disk = store

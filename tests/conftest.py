@@ -88,7 +88,7 @@ VOCAB = 320
 def tiny(variant: str, drafter: str = "assistant") -> tuple[Gemma4, Assistant]:
     """A tiny released-format pair of tests/fixtures, in float32."""
     folder = FIXTURES / variant
-    pair, _ = load(folder, folder / drafter, dtype=mx.float32)
+    pair = load(folder, drafter=folder / drafter, dtype=mx.float32)[0].pair
     assert isinstance(pair.target, Gemma4) and isinstance(pair.drafter, Assistant)
     return pair.target, pair.drafter
 
@@ -96,7 +96,7 @@ def tiny(variant: str, drafter: str = "assistant") -> tuple[Gemma4, Assistant]:
 @cache
 def tiny_qwen(variant: str) -> tuple[Qwen, Head]:
     """A tiny released-format target of tests/fixtures with the head inside, in float32."""
-    pair, _ = load(FIXTURES / variant, dtype=mx.float32)
+    pair = load(FIXTURES / variant, dtype=mx.float32)[0].pair
     assert isinstance(pair.target, Qwen) and isinstance(pair.drafter, Head)
     return pair.target, pair.drafter
 

@@ -68,7 +68,9 @@ def test_a_fine_tuned_target_says_what_mlx_lm_says_and_mtp_changes_nothing(
     pair = loaded.pair
     _, rows, _ = run_rounds(pair.target, nobody, forced, text[:20], 30, 0)
     assert gap(rows, logits - mx.logsumexp(logits, axis=-1, keepdims=True)) < 1e-3
-    _, before, _ = run_rounds(load(base, None, dtype=mx.float32)[0].target, nobody, forced, text[:20], 30, 0)
+    _, before, _ = run_rounds(
+        load(base, drafter=None, dtype=mx.float32)[0].pair.target, nobody, forced, text[:20], 30, 0
+    )
     assert gap(rows, before) > 0.01, "the adapter does nothing"
     for k in (1, 4):
         assert gap(run_rounds(pair.target, pair.drafter, forced, text[:20], 30, k)[1], rows) < EXACT
@@ -79,7 +81,9 @@ def test_a_fine_tuned_target_says_what_mlx_lm_says_and_mtp_changes_nothing(
 def test_an_adapter_on_a_quantised_target(tmp_path: Path) -> None:
     base = _train("gemma4_keqv", tmp_path, keys=["self_attn.q_proj"])
     mlx_lm.convert(str(base), str(tmp_path / "quantised"), quantize=True, q_bits=8, q_group_size=32, dtype="float32")
-    pair, _ = load(tmp_path / "quantised", base / "assistant", dtype=mx.float32, adapter=tmp_path / "adapter")
+    pair = load(
+        tmp_path / "quantised", drafter=base / "assistant", dtype=mx.float32, adapter_path=tmp_path / "adapter"
+    )[0].pair
     text = varied_tokens(50)
     forced, nobody = Forced(mx.array(text + [0] * 8)), DialledDrafter.dial([], 0.0)
     _, rows, _ = run_rounds(pair.target, nobody, forced, text[:20], 30, 0)
@@ -94,7 +98,7 @@ def test_what_is_no_adapter_for_this_target_is_refused(tmp_path: Path) -> None:
         if change:
             change(broken)
         with pytest.raises(CheckpointError, match=match):
-            load(model, None, adapter=broken)
+            load(model, drafter=None, adapter_path=broken)
         if change:
             shutil.rmtree(broken)
 

@@ -21,7 +21,7 @@ PAIRS = ["gemma4_ple", "gemma4_keqv", "qwen3_5_tied"]
 @pytest.mark.parametrize("bits", [None, 8])
 @pytest.mark.parametrize("tokens", [40, 600])
 def test_what_is_foreseen_is_what_a_text_holds(variant: str, bits: int | None, tokens: int) -> None:
-    pair, _ = load(FIXTURES / variant, dtype=mx.float32, kv_bits=bits)
+    pair = load(FIXTURES / variant, dtype=mx.float32, kv_bits=bits)[0].pair
     sequence = Sequence(pair, Rules())
     sequence.prefill(varied_tokens(tokens), 512, lambda done, total: None)
     for _ in rounds(sequence, Fixed(3), 12):
@@ -35,7 +35,8 @@ def test_what_is_foreseen_is_what_a_text_holds(variant: str, bits: int | None, t
 
 @pytest.mark.parametrize("variant", PAIRS)
 def test_what_does_not_fit_is_refused_with_what_does(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    pair, tokenizer = load(FIXTURES / variant, dtype=mx.float32)
+    loaded, tokenizer = load(FIXTURES / variant, dtype=mx.float32)
+    pair = loaded.pair
 
     def needed(tokens: int, bits: int | None = None) -> int:
         return pair.target.kv_bytes(tokens, bits) + pair.drafter.kv_bytes(tokens)
@@ -59,7 +60,7 @@ def test_what_does_not_fit_is_refused_with_what_does(variant: str, monkeypatch: 
 
 
 def test_what_a_draft_model_adds_is_foreseen() -> None:
-    pair, _ = load(FIXTURES / "gemma4_keqv", FIXTURES / "gemma4_ple", dtype=mx.float32)
+    pair = load(FIXTURES / "gemma4_keqv", drafter=FIXTURES / "gemma4_ple", dtype=mx.float32)[0].pair
     for tokens in (200, 500):
         sequence = Sequence(pair, Rules())
         sequence.prefill(varied_tokens(tokens), 512, lambda done, total: None)
@@ -72,7 +73,7 @@ def test_what_a_draft_model_adds_is_foreseen() -> None:
 def test_an_endless_text_ends_where_memory_does_and_says_so(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    pair: Pair = load(FIXTURES / "gemma4_keqv", dtype=mx.float32)[0]
+    pair: Pair = load(FIXTURES / "gemma4_keqv", dtype=mx.float32)[0].pair
     monkeypatch.setattr(memory, "free_bytes", lambda: pair.target.kv_bytes(512))
     assert admit(pair, 100, 900, endless=True).tokens == 412
     assert "memory holds 412 tokens after this prompt" in caplog.text
@@ -88,7 +89,7 @@ def test_an_endless_text_ends_where_memory_does_and_says_so(
 def test_what_may_be_evicted_counts_as_room_and_no_more_of_it_goes_than_is_short(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    pair: Pair = load(FIXTURES / "gemma4_keqv", dtype=mx.float32)[0]
+    pair: Pair = load(FIXTURES / "gemma4_keqv", dtype=mx.float32)[0].pair
     needed = pair.target.kv_bytes(600) + pair.drafter.kv_bytes(600)
     monkeypatch.setattr(memory, "free_bytes", lambda: needed - 1000)
     with pytest.raises(RequestError, match="MB are free"):
@@ -99,7 +100,7 @@ def test_what_may_be_evicted_counts_as_room_and_no_more_of_it_goes_than_is_short
 
 
 def test_what_others_have_been_promised_is_not_given_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    pair: Pair = load(FIXTURES / "gemma4_keqv", dtype=mx.float32)[0]
+    pair: Pair = load(FIXTURES / "gemma4_keqv", dtype=mx.float32)[0].pair
     needed = pair.target.kv_bytes(600) + pair.drafter.kv_bytes(600)
     monkeypatch.setattr(memory, "free_bytes", lambda: needed)
     for endless in (False, True):

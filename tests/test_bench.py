@@ -110,7 +110,8 @@ def test_acceptance_counts_all_drafts_and_those_that_were_reached() -> None:
 
 
 def test_a_text_knows_its_rounds_and_times_only_what_follows_the_first() -> None:
-    pair, tokenizer = mtp_mlx.load("demo-qwen")
+    loaded, tokenizer = mtp_mlx.load("demo-qwen")
+    pair = loaded.pair
     text = ours(pair, tokenizer, 3, 24).write(tokenizer.encode("def test_push(self):\n"), 0)
     assert text.stats is not None and len(text.tokens) == text.stats.generation_tokens
     assert len(text.rounds) == text.stats.rounds
@@ -120,7 +121,8 @@ def test_a_text_knows_its_rounds_and_times_only_what_follows_the_first() -> None
 
 
 def test_one_seed_writes_one_text_at_every_depth() -> None:
-    pair, tokenizer = mtp_mlx.load("demo")
+    loaded, tokenizer = mtp_mlx.load("demo")
+    pair = loaded.pair
     prompt = tokenizer.encode("import os\n")
     arms = [ours(pair, tokenizer, depth, 16, temperature=0.8) for depth in (0, 2)]
     assert len({arm.write(prompt, seed).tokens for arm in arms for seed in (1, 2)}) == 2
@@ -151,7 +153,8 @@ def test_texts_that_end_at_once_cannot_be_timed() -> None:
 
 
 def test_mlx_lm_decodes_from_the_same_arrays() -> None:
-    pair, tokenizer = mtp_mlx.load("demo")
+    loaded, tokenizer = mtp_mlx.load("demo")
+    pair = loaded.pair
     held = mx.get_active_memory()
     theirs = peer_model(find("demo"), pair.target)
     assert mx.get_active_memory() - held < 0.1 * pair.target.nbytes

@@ -21,7 +21,8 @@ OPTIONS = ("chat", "--model", MODEL, "--dtype", "float32", "-m", "12", "--seed",
 
 def _answers(said: list[str], system: str | None = None) -> list[str]:
     """What the model answers to each message, asked for one by one."""
-    pair, tokenizer = load(MODEL, dtype=mx.float32)
+    loaded, tokenizer = load(MODEL, dtype=mx.float32)
+    pair = loaded.pair
     conversations = Conversations(tokenizer, find_dialect(tokenizer.get_vocab()))
     messages, answers = [{"role": "system", "content": system}] if system else [], []
     for message in said:

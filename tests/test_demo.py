@@ -33,11 +33,13 @@ DTYPE = None if sys.platform == "linux" else mx.float32
 
 @cache
 def _demo(name: str) -> tuple[mtp_mlx.Pair, TokenizerWrapper]:
-    return mtp_mlx.load(name, dtype=DTYPE)
+    model, tokenizer = mtp_mlx.load(name, dtype=DTYPE)
+    return model.pair, tokenizer
 
 
 def test_the_prompts_lie_below_across_and_far_above_the_window() -> None:
-    pair, tokenizer = mtp_mlx.load("demo")
+    loaded, tokenizer = mtp_mlx.load("demo")
+    pair = loaded.pair
     window = pair.target.config.sliding_window  # type: ignore[attr-defined]
     lengths = [len(tokenizer.encode(prompt)) for prompt in _prompts()]
     assert sum(length + TOKENS > window > length for length in lengths) >= 3
@@ -68,7 +70,8 @@ def test_greedy_text_is_the_same_with_and_without_drafts(name: str, number: int)
 @pytest.mark.parametrize("name", DEMOS)
 def test_plain_decoding_equals_mlx_lm_in_float32(name: str, tmp_path: Path) -> None:
     folder = float32_copy(DEMOS[name], tmp_path / "wide")
-    pair, tokenizer = mtp_mlx.load(folder)
+    loaded, tokenizer = mtp_mlx.load(folder)
+    pair = loaded.pair
     theirs = mlx_lm_model(folder)
     for prompt in _prompts()[::5]:
         # mlx-lm has a slow loop over a prompt's tokens on the CPU where a layer is recurrent.

@@ -23,8 +23,8 @@ PAIRS = ["gemma4_ple", "gemma4_moe", "qwen3_5_tied", "qwen3_5_moe"]
 @pytest.mark.parametrize("variant", PAIRS)
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_quantised_drafter_changes_nothing_and_takes_less(variant: str, bits: int) -> None:
-    whole, _ = load(FIXTURES / variant, dtype=mx.float32)
-    pair, _ = load(FIXTURES / variant, dtype=mx.float32, drafter_bits=bits)
+    whole = load(FIXTURES / variant, dtype=mx.float32)[0].pair
+    pair = load(FIXTURES / variant, dtype=mx.float32, drafter_bits=bits)[0].pair
     assert pair.drafter.nbytes < whole.drafter.nbytes * (0.3 if bits == 4 else 0.45)
     text = varied_tokens(60)
     forced, nobody = Forced(mx.array(text + [0] * 8)), DialledDrafter.dial([], 0.0)
@@ -38,7 +38,8 @@ def test_eight_bits_draft_nearly_as_well(name: str) -> None:
     prompt = "import os\nimport sys\n\n\ndef main("
     accepted = []
     for bits in (None, 8):
-        pair, tokenizer = load(name, dtype=mx.float32, drafter_bits=bits)
+        loaded, tokenizer = load(name, dtype=mx.float32, drafter_bits=bits)
+        pair = loaded.pair
         forced_text = tokenizer.encode(prompt)
         accepted.append(sum(run_rounds(pair.target, pair.drafter, Greedy(), forced_text, 60, 3)[2]))
     assert abs(accepted[1] - accepted[0]) <= 0.15 * accepted[0] and accepted[0] > 20
@@ -61,17 +62,17 @@ def test_bits_that_are_not_to_be_had_are_refused() -> None:
     with pytest.raises(RequestError, match="cannot be held in 2 bits; give 4 or 8"):
         load(folder, drafter_bits=2)
     with pytest.raises(RequestError, match="no drafter to hold in 4 bits"):
-        load(folder, None, drafter_bits=4)
+        load(folder, drafter=None, drafter_bits=4)
     with pytest.raises(RequestError, match="cannot be held in 3 bits; give 4 or 8, or leave it out"):
         load(folder, kv_bits=3)
-    pair, _ = load(folder, drafter_bits=8)
+    pair = load(folder, drafter_bits=8)[0].pair
     assert isinstance(pair.drafter, Assistant)
     with pytest.raises(RequestError, match="quantised already"):
         choose_bits(4, pair.drafter.target, pair.drafter.network)
 
 
 def test_choosers_of_experts_and_odd_widths_stay_as_they_are() -> None:
-    pair, _ = load(FIXTURES / "qwen3_5_moe", dtype=mx.float32)
+    pair = load(FIXTURES / "qwen3_5_moe", dtype=mx.float32)[0].pair
     assert isinstance(pair.drafter, Head)
     quantise(pair.drafter.network, 4)
     modules = dict[str, nn.Module](pair.drafter.network.named_modules())  # type: ignore[no-untyped-call]

@@ -39,7 +39,8 @@ Loaded = tuple[Pair, TokenizerWrapper]
 
 @pytest.fixture(params=["gemma4_keqv", "qwen3_5_tied"])
 def loaded(request: pytest.FixtureRequest) -> Loaded:
-    return load(FIXTURES / request.param, dtype=mx.float32)
+    model, tokenizer = load(FIXTURES / request.param, dtype=mx.float32)
+    return model.pair, tokenizer
 
 
 @pytest.fixture
@@ -404,7 +405,7 @@ def test_who_finds_no_memory_waits_until_others_have_ended(loaded: Loaded, monke
 @pytest.mark.parametrize("predicted", [True, False], ids=["predicted", "written"])
 def test_a_loop_of_calls_reads_nothing_twice(model: str, template: str, predicted: bool) -> None:
     """Replies that the tokenizer would split otherwise; a prediction is right to the end, and beyond it."""
-    pair, words = load(FIXTURES / model, dtype=mx.float32)[0], tokenizer(template, 300)
+    pair, words = load(FIXTURES / model, dtype=mx.float32)[0].pair, tokenizer(template, 300)
     dialect = find_dialect(words.get_vocab())
     chat, served = Conversations(words, dialect), Engine(pair, words, Prefixes(pair, 10**9, near=1))
     messages, known = [system("Be brief."), user("weather in Paris?")], list[int]()

@@ -23,7 +23,7 @@ VARIANT = "gemma4_keqv"
 
 @pytest.fixture(scope="module")
 def tokenizer() -> TokenizerWrapper:
-    _, tokenizer = mtp_mlx.load(FIXTURES / VARIANT, None)
+    _, tokenizer = mtp_mlx.load(FIXTURES / VARIANT, drafter=None)
     return tokenizer
 
 
@@ -98,7 +98,7 @@ def test_a_stop_inside_an_accepted_run_ends_the_text_there(tokenizer: TokenizerW
 
 
 def _with_stop(tokenizer: TokenizerWrapper, token: int) -> TokenizerWrapper:
-    _, copy = mtp_mlx.load(FIXTURES / VARIANT, None)
+    _, copy = mtp_mlx.load(FIXTURES / VARIANT, drafter=None)
     copy.eos_token_ids = {token}
     return copy
 

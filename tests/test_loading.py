@@ -61,7 +61,7 @@ def pair_folder(tmp_path: Path) -> Path:
 
 
 def logits_of(folder: Path, tokens: list[int], dtype: mx.Dtype | None = mx.float32) -> mx.array:
-    pair, _ = load(folder, None, dtype=dtype)
+    pair = load(folder, drafter=None, dtype=dtype)[0].pair
     forced = Forced(mx.array(tokens + [0] * 8))
     return run_rounds(pair.target, pair.drafter, forced, tokens[:5], len(tokens) - 5, 0)[1]
 
@@ -114,7 +114,7 @@ def test_a_quantisation_that_differs_by_layer_is_read(tmp_path: Path) -> None:
 
     source = str(FIXTURES / "gemma4_unified")
     convert(source, str(folder), quantize=True, q_group_size=32, dtype="float32", quant_predicate=recipe)
-    pair, _ = load(folder, FIXTURES / "gemma4_unified" / "assistant", dtype=mx.float32)
+    pair = load(folder, drafter=FIXTURES / "gemma4_unified" / "assistant", dtype=mx.float32)[0].pair
     layer = pair.target.model.layers[0]  # type: ignore[attr-defined]
     assert (layer.self_attn.q_proj.bits, layer.self_attn.k_proj.bits) == (8, 4)
     assert isinstance(layer.mlp.down_proj, nn.Linear)
@@ -143,7 +143,7 @@ def test_a_quantised_assistant_is_read(head: str, tmp_path: Path) -> None:
             packed[name] = array
     mx.save_safetensors(str(folder / "model.safetensors"), packed)
     edit_config(folder, lambda config: config.update(quantization={"group_size": 32, "bits": 8}))
-    pair, _ = load(FIXTURES / "gemma4_keqv", folder, dtype=mx.float32)
+    pair = load(FIXTURES / "gemma4_keqv", drafter=folder, dtype=mx.float32)[0].pair
     prompt = varied_tokens(30)
     truth = run_rounds(pair.target, NoDrafter(), Greedy(), prompt, 20, 0)[0]
     assert run_rounds(pair.target, pair.drafter, Greedy(), prompt, 20, 4)[0] == truth
@@ -298,7 +298,7 @@ def test_an_assistant_made_for_another_target_is_refused(mismatch: str, pair_fol
 @pytest.mark.parametrize("drafter", [v for v in VARIANTS if v != "gemma4_ple"])
 def test_the_assistant_of_another_variant_is_refused(drafter: str) -> None:
     with pytest.raises(PairError, match="KV heads"):
-        load(FIXTURES / "gemma4_ple", FIXTURES / drafter / "assistant")
+        load(FIXTURES / "gemma4_ple", drafter=FIXTURES / drafter / "assistant")
 
 
 def test_a_drafter_that_reads_layers_the_target_lacks_is_refused() -> None:
@@ -316,13 +316,13 @@ def test_a_token_ordering_that_is_no_permutation_is_refused(ordering: str, pair_
     table = mx.zeros(320, mx.int32) if ordering == "zeros" else mx.arange(320) + 10**8
     _tensors(lambda t: t.update({name: table}))(folder)
     with pytest.raises(CheckpointError, match="not a permutation"):
-        load(pair_folder, folder)
+        load(pair_folder, drafter=folder)
 
 
 def test_a_mistyped_drafter_is_noticed_before_the_target_is_read(pair_folder: Path) -> None:
     (pair_folder / "model.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError, match="nowhere is not a folder"):
-        load(pair_folder, pair_folder / "nowhere")
+        load(pair_folder, drafter=pair_folder / "nowhere")
 
 
 def test_an_empty_name_and_an_integer_dtype_are_refused() -> None:
@@ -336,7 +336,7 @@ def test_roles_cannot_be_swapped() -> None:
     with pytest.raises(CheckpointError, match="is a drafter; give its target"):
         load(FIXTURES / "gemma4_keqv" / "assistant")
     with pytest.raises(PairError, match="'qwen3_5', which does not draft for 'gemma4' targets"):
-        load(FIXTURES / "gemma4_keqv", FIXTURES / "qwen3_5_tied")
+        load(FIXTURES / "gemma4_keqv", drafter=FIXTURES / "qwen3_5_tied")
 
 
 @pytest.mark.parametrize(("target", "drafter"), [("gemma4_keqv", "gemma4_ple"), ("demo-qwen", "narrow")])
@@ -347,11 +347,12 @@ def test_a_smaller_model_of_the_family_drafts(target: str, drafter: str, tmp_pat
         _narrow_qwen(folder)
     else:
         folder, model = FIXTURES / drafter, str(FIXTURES / target)
-    pair, tokenizer = load(model, folder, dtype=mx.float32)
+    loaded, tokenizer = load(model, drafter=folder, dtype=mx.float32)
+    pair = loaded.pair
     assert isinstance(pair.drafter, DraftModel)
     texts = {generate(pair, tokenizer, "import os", max_tokens=12, depth=depth) for depth in (0, 3)}
     assert len(texts) == 1
-    narrowed = load(model, folder, drafter_bits=8)[0].drafter
+    narrowed = load(model, drafter=folder, drafter_bits=8)[0].pair.drafter
     assert narrowed.nbytes < pair.drafter.nbytes / 2
 
 
@@ -376,7 +377,7 @@ def test_a_smaller_model_with_another_vocabulary_is_refused(tmp_path: Path) -> N
     words[one], words[two] = words[two], words[one]
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(PairError, match="another vocabulary than the target"):
-        load(FIXTURES / "gemma4_keqv", other)
+        load(FIXTURES / "gemma4_keqv", drafter=other)
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:

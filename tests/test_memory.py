@@ -112,7 +112,7 @@ def test_quantised_weights_count_by_what_they_stand_for(tmp_path: Path) -> None:
     folder = tmp_path / "converted"
     source = str(Path(__file__).parent / "fixtures" / "gemma4_moe")
     convert(source, str(folder), quantize=True, q_bits=4, q_group_size=32, dtype="float32")
-    pair, _ = load(folder, None)
+    pair = load(folder, drafter=None)[0].pair
     found, plain = weights_of(pair.target), weights_of(tiny("gemma4_moe")[0])
     assert found.nbytes == pair.target.nbytes < plain.nbytes / 3
     assert (found.parameters, found.active) == (plain.parameters, plain.active)

@@ -319,7 +319,7 @@ def test_a_drafter_that_turns_out_not_to_fit_is_missed_aloud(tuned: Path, hub: L
 def test_a_hub_out_of_reach_stops_nobody(tuned: Path, hub: Loopback, caplog: pytest.LogCaptureFixture) -> None:
     hub.close()
     without(tuned, "google/gemma-4-31B-it-assistant")
-    pair, _ = load(tuned)
+    pair = load(tuned)[0].pair
     assert isinstance(pair.drafter, NoDrafter) and "prompt lookup" in caplog.text
 
 

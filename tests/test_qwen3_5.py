@@ -67,7 +67,7 @@ def one_pass(variant: str) -> Output:
 
 def logits_of(folder: Path, tokens: list[int], dtype: mx.Dtype | None = None) -> mx.array:
     """Logits of a checkpoint's target along a text, (T, V)."""
-    pair, _ = load(folder, None, dtype=dtype)
+    pair = load(folder, drafter=None, dtype=dtype)[0].pair
     return pair.target(mx.array(tokens)[None], pair.target.make_cache(), Span(0, len(tokens))).logits[0]
 
 
@@ -266,7 +266,7 @@ def test_a_quantisation_that_differs_by_layer_is_read(variant: str, tmp_path: Pa
         return {"bits": 8, "group_size": 64} if fine else {"bits": 4, "group_size": 32}
 
     convert(str(FIXTURES / variant), str(folder), quantize=True, dtype="float32", quant_predicate=recipe)
-    pair, _ = load(folder, None)
+    pair = load(folder, drafter=None)[0].pair
     assert isinstance(pair.target, Model)
     mixer = pair.target.model.layers[0].linear_attn
     assert (mixer.in_proj_qkv.bits, mixer.in_proj_a.bits) == (8, 4)
@@ -381,7 +381,7 @@ def test_config_styles_mean_the_same_model() -> None:
 
 @pytest.mark.parametrize("variant", DENSE)
 def test_in_bfloat16_the_decay_and_the_state_stay_float32(variant: str) -> None:
-    pair, _ = load(FIXTURES / variant, None, dtype=mx.bfloat16)
+    pair = load(FIXTURES / variant, drafter=None, dtype=mx.bfloat16)[0].pair
     assert isinstance(pair.target, Model)
     stored = stored_tensors(variant)
     for name, array in dict(tree_flatten(pair.target.parameters())).items():
@@ -398,7 +398,7 @@ def test_in_bfloat16_the_decay_and_the_state_stay_float32(variant: str) -> None:
 
 @pytest.mark.parametrize("variant", DENSE)
 def test_in_bfloat16_a_block_of_rows_equals_single_rows(variant: str) -> None:
-    pair, _ = load(FIXTURES / variant, None, dtype=mx.bfloat16)
+    pair = load(FIXTURES / variant, drafter=None, dtype=mx.bfloat16)[0].pair
     assert isinstance(pair.target, Model)
     tokens = varied_tokens(LENGTH)
     single, _ = teacher_forced(pair.target, tokens, [8], [1])
@@ -411,7 +411,7 @@ def test_in_bfloat16_a_block_of_rows_equals_single_rows(variant: str) -> None:
 @pytest.mark.parametrize("dtype", [None, mx.bfloat16])
 def test_bfloat16_experts_on_the_cpu_are_refused_with_a_way_out(variant: str, dtype: mx.Dtype | None) -> None:
     with pytest.raises(CheckpointError, match=r"mixture of experts in mlx\.core\.bfloat16.*--dtype float32"):
-        load(FIXTURES / variant, None, dtype=dtype)
+        load(FIXTURES / variant, drafter=None, dtype=dtype)
 
 
 # ---------------------------------------------------------------- what cannot be computed is refused
@@ -517,5 +517,5 @@ def test_what_cannot_be_computed_is_named(damage: str, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(FIXTURES / variant, tmp_path / "copy"))
     apply(folder)
     with pytest.raises(CheckpointError, match=message) as caught:
-        load(folder, None, dtype=mx.float32)
+        load(folder, drafter=None, dtype=mx.float32)
     assert str(folder) in str(caught.value) and "\n" not in str(caught.value)

@@ -798,7 +798,7 @@ def test_a_folder_called_like_a_demo_is_read_itself(tmp_path: Path, monkeypatch:
     shutil.copytree(FIXTURES / DENSE, tmp_path / "demo-qwen")
     monkeypatch.chdir(tmp_path)
     drafts_as_torch(load_pair("./demo-qwen", "auto", mx.float32), DENSE)
-    assert load(Path("demo-qwen"), None, dtype=mx.float32)[0].target.vocabulary == 320
+    assert load(Path("demo-qwen"), drafter=None, dtype=mx.float32)[0].pair.target.vocabulary == 320
 
 
 def test_a_head_that_cannot_be_run_does_not_keep_its_target_from_running(tmp_path: Path) -> None:

@@ -292,12 +292,13 @@ def test_the_chance_of_different_draws_is_bounded() -> None:
 
 @cache
 def demo() -> tuple[Pair, TokenizerWrapper]:
-    return mtp_mlx.load("demo", dtype=mx.float32)
+    model, tokenizer = mtp_mlx.load("demo", dtype=mx.float32)
+    return model.pair, tokenizer
 
 
 def tiny() -> tuple[Pair, TokenizerWrapper]:
     """A pair whose drafter is never right at temperature 0, as its weights are random."""
-    return Pair(*tiny_pair("gemma4_keqv")), mtp_mlx.load(FIXTURES / "gemma4_keqv", None)[1]
+    return Pair(*tiny_pair("gemma4_keqv")), mtp_mlx.load(FIXTURES / "gemma4_keqv", drafter=None)[1]
 
 
 def verified(
@@ -463,7 +464,8 @@ def test_a_drafter_is_asked_at_every_token(variant: str, length: int) -> None:
 @pytest.mark.parametrize("name", ["demo", "demo-qwen"])
 def test_what_a_drafter_is_asked_is_what_it_proposes(name: str) -> None:
     """Read so, a good drafter is as good as while it drafts: hidden, position and cache are those of a round."""
-    pair, tokenizer = mtp_mlx.load(name, dtype=mx.float32)
+    loaded, tokenizer = mtp_mlx.load(name, dtype=mx.float32)
+    pair = loaded.pair
     prompt = encode(tokenizer, PROMPTS["prose"])
     last = list(stream_generate(pair, tokenizer, prompt, max_tokens=24, depth=1))
     tokens = [response.token for response in last]
