@@ -48,10 +48,10 @@ def text_model(model: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("variant", ALL)
 def test_every_weight_is_shared_and_the_logits_are_mlx_lms(variant: str) -> None:
     model = theirs(variant)
-    mx.eval(model.parameters())
+    mx.eval(parameters(model))
     before = mx.get_active_memory()
     attached = attach(model, None)
-    mx.eval(attached.parameters())
+    mx.eval(parameters(attached))
     packed = {
         name for name in parameters(attached.target) if variant == "qwen3_next" and any(p in name for p in PACKED)
     }
