@@ -50,8 +50,8 @@ def attach(
 
     A model does not know where it came from: `name`, a folder or hub id, or its `tokenizer` says so, and then "auto"
     finds the same drafter as `load` does; without them only the numbers in its config tell. `drafter`, `kv_bits` and
-    `drafter_bits` are as for `load`. The model is put into evaluation mode. Of Qwen3-Next, which mlx-lm stores with
-    two projections in one matrix, those are copied.
+    `drafter_bits` are as for `load`. The model is put into evaluation mode. Projections that mlx-lm keeps in one
+    matrix with others, as some models have them, are copied.
 
     Raises PairError for a model of another architecture, one that is sharded over several machines, and a drafter that
     does not fit; CheckpointError and RequestError as `load` does.

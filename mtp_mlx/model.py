@@ -60,6 +60,6 @@ class Model(nn.Module):
         """
         if input_embeddings is not None:
             raise RequestError("this model takes token ids only; leave the input embeddings (or images) out")
-        caches = stock.passing(self._kept) if cache is None else cache
+        caches = self.make_cache() if cache is None else cache
         held = stock.over(self._kept, caches)
         return self._pair.target(inputs, held, stock.span(caches, inputs.shape[1])).logits

@@ -9,7 +9,6 @@ from mlx_lm.models.cache import (
     ArraysCache,
     BatchKVCache,
     BatchRotatingKVCache,
-    ConcatenateKVCache,
     KVCache,
     QuantizedKVCache,
     RotatingKVCache,
@@ -21,7 +20,7 @@ from mtp_mlx.types import Held, LayerCache, Mask, Span, Visible
 
 StockCache = Any  # one of mlx-lm's, which have no type in common that says what they can do
 
-_EVERY_ROW = (KVCache, BatchKVCache, QuantizedKVCache, ConcatenateKVCache)
+_EVERY_ROW = (KVCache, BatchKVCache, QuantizedKVCache)
 _WINDOW = (RotatingKVCache, BatchRotatingKVCache)
 
 
@@ -38,11 +37,6 @@ def _empty(layer: LayerCache) -> StockCache:
     if isinstance(layer, QuantisedCache):
         return QuantizedKVCache(group_size=layer.group, bits=layer.bits)
     return KVCache()
-
-
-def passing(layers: Sequence[LayerCache]) -> list[StockCache]:
-    """Caches for one block that nothing comes after: none of them is larger than the block."""
-    return [ConcatenateKVCache() if type(cache) is KVCache else cache for cache in empty(layers)]
 
 
 def over(layers: Sequence[LayerCache], caches: Sequence[StockCache]) -> Cache:
@@ -62,9 +56,16 @@ def _over(i: int, layer: LayerCache, cache: StockCache) -> LayerCache:
     if isinstance(layer, RecurrentCache):
         _check(i, cache, (ArraysCache,))
         return StockState(layer.kernel, cache)
-    window = layer.window if isinstance(layer, SlidingCache) else None
-    _check(i, cache, _EVERY_ROW if window is None else _WINDOW)
-    return StockRows(cache, window)
+    if not isinstance(layer, SlidingCache):
+        _check(i, cache, _EVERY_ROW)
+        return StockRows(cache)
+    _check(i, cache, _WINDOW)
+    if cache.max_size != layer.window:
+        raise RequestError(
+            f"layer {i} of the prompt cache keeps {cache.max_size} tokens, this model's window is {layer.window}; "
+            "make one with make_prompt_cache(model)"
+        )
+    return StockRows(cache)
 
 
 def _check(i: int, cache: StockCache, fitting: tuple[type, ...]) -> None:
@@ -97,10 +98,9 @@ class Fetched(NamedTuple):
 class StockRows(KeyValueCache):
     """Keys and values of one layer in a cache of mlx-lm's. What is written there is kept."""
 
-    def __init__(self, cache: StockCache, window: int | None) -> None:
+    def __init__(self, cache: StockCache) -> None:
         super().__init__(0)
         self._cache = cache
-        self._window = window
 
     def reserve(self, rows: int) -> None:
         """It grows as it is written."""
@@ -113,7 +113,7 @@ class StockRows(KeyValueCache):
             # mlx-lm 0.32.2 counts the padding wrong for a block that follows single tokens in a full ring: a padded
             # text would lose its oldest token. In the order of time, which the write brings about anyway, it is right.
             self._cache._temporal_order()
-        return cast(Mask, self._cache.make_mask(span.length, window_size=self._window, return_array=False))
+        return cast(Mask, self._cache.make_mask(span.length, window_size=None, return_array=False))
 
     def stored(self) -> Visible:
         return Fetched(self._cache, *self._cache.keys_and_values())

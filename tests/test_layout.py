@@ -51,7 +51,7 @@ ALLOWED = {
     "mtp_mlx.stock": {"cache", "errors", "types"},
     "mtp_mlx.model": {"", "errors", "types"},
     "mtp_mlx.attach": {"checkpoint", "drafter_bits", "errors", "hub", "loading", "model", "types"},
-    "mtp_mlx.mlx_lm": {"attach", "drafter_bits", "errors", "generate", "hub", "model"},
+    "mtp_mlx.mlx_lm": {"attach", "drafter_bits", "errors", "generate", "generation", "hub", "loading"},
     "mtp_mlx.prompt_cache": {"admission", "cache", "choosing", "draft_model", "errors", "rounds", "snapshots", "types"},
     "mtp_mlx.generate": {
         "cache",

@@ -128,6 +128,7 @@ def test_a_pair_with_quantised_keys_makes_quantised_caches() -> None:
     [
         ("gemma4_keqv", lambda caches: caches[:-1], "layers, this model keeps"),
         ("gemma4_keqv", lambda caches: [KVCache() for _ in caches], "layer 0 of the prompt cache is a KVCache"),
+        ("gemma4_keqv", lambda caches: [RotatingKVCache(99) for _ in caches], "keeps 99 tokens, this model's window"),
         ("qwen3_5_dense", lambda caches: [KVCache() for _ in caches], "needs ArraysCache"),
         ("qwen3_5_dense", lambda caches: [ArraysCache(2) for _ in caches], "needs KVCache or BatchKVCache"),
         ("qwen3_5_dense", lambda caches: [*caches[:-1], ChunkedKVCache(8)], "is a ChunkedKVCache"),
