@@ -2,6 +2,8 @@
 
 import importlib
 import json
+import re
+import shlex
 import shutil
 import socket
 import subprocess
@@ -343,3 +345,31 @@ def test_the_server_answers_with_mlx_lms_text_and_goes_on_from_its_prompt_cache(
         ask(address, prompt=QUESTION, model=f"{DEMO}/assistant")
     assert "is a drafter" in error.value.read().decode()
     assert ask(address, prompt=QUESTION)["choices"][0]["text"] == text
+
+
+GUIDE = (Path(__file__).parent.parent / "docs" / "mlx-lm.md").read_text()
+
+
+@pytest.mark.parametrize("example", re.findall(r"```python\n(.*?)```", GUIDE, flags=re.DOTALL))
+def test_an_example_of_the_guide_runs(
+    example: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    exec(compile(example, "docs/mlx-lm.md", "exec"), {})
+    out = capsys.readouterr().out
+    assert out.strip()
+    if "attach" in example:
+        mine, wanted = out[: len(out) // 2], out[len(out) // 2 :]
+        assert mine == wanted
+
+
+@pytest.mark.parametrize("line", re.findall(r"^python -m mtp_mlx.*$", GUIDE, flags=re.MULTILINE))
+def test_a_command_of_the_guide_is_one_that_the_program_takes(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = shlex.split(line)[3:]
+    seen: list[str] = []
+    monkeypatch.setattr(programs, "run", lambda name, inside, arguments: seen.extend([name, *arguments]))
+    call(*words)
+    options = [word for word in seen if word.startswith("--")]
+    source = (Path(mlx_lm.__file__).parent / f"{seen[0]}.py").read_text()
+    assert seen[0] in programs.PROGRAMS and options
+    assert all(f'"{option}"' in source for option in options)
