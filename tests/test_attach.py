@@ -70,22 +70,23 @@ def test_the_text_is_mlx_lms_and_drafts_are_kept(variant: str) -> None:
     model, tokenizer = mlx_lm.load(str(DEMOS["demo" if variant in VARIANTS else "demo-qwen"]))  # type: ignore[misc]
     attached = attach(model, tokenizer=tokenizer)
     prompt = tokenizer.encode("Once upon a time")
-    steps = generate_step(mx.array(prompt), model, max_tokens=32)
+    steps = generate_step(mx.array(prompt), model, max_tokens=20)
     wanted = [int(token) for token, _ in steps]
-    got = list(stream_generate(attached.pair, tokenizer, prompt, max_tokens=32, depth=3))
+    got = list(stream_generate(attached.pair, tokenizer, prompt, max_tokens=20, depth=3))
     assert [response.token for response in got] == wanted[: len(got)]
-    assert len(got) > 16 and sum(response.from_draft for response in got) > 5
+    assert len(got) > 10 and sum(response.from_draft for response in got) > 3
 
 
-MODES: list[dict[str, Any]] = [
-    {"q_mode": "affine", "q_bits": 4, "q_group_size": 32},
-    {"q_mode": "affine", "q_bits": 8, "q_group_size": 64},
-    {"q_mode": "mxfp4"},
+AFFINE: dict[str, Any] = {"q_mode": "affine", "q_bits": 4, "q_group_size": 32}
+QUANTISED = [
+    ("gemma4_moe", AFFINE),
+    ("qwen3_5_moe", {"q_mode": "mxfp4"}),
+    ("qwen3_next", AFFINE),
+    ("qwen3_next", {"q_mode": "mxfp8"}),
 ]
 
 
-@pytest.mark.parametrize("options", MODES, ids=str)
-@pytest.mark.parametrize("variant", ["gemma4_moe", "qwen3_5_moe", "qwen3_next"])
+@pytest.mark.parametrize(("variant", "options"), QUANTISED, ids=str)
 def test_quantised_weights_are_shared_as_they_are(variant: str, options: dict[str, Any], tmp_path: Path) -> None:
     source, folder = float32_copy(variant, tmp_path / "source"), tmp_path / "converted"
     convert(str(source), str(folder), quantize=True, dtype="float32", **options)

@@ -76,7 +76,7 @@ def _evaluate(model: Any, **options: Any) -> dict[str, Any]:
         "scores": model.loglikelihood([_request(*pair) for pair in pairs]),
         "rolling": model.loglikelihood_rolling([_request("import os\nimport sys\n"), _request("x")]),
         "texts": model.generate_until(
-            [_request(text, {"until": ["\n\n"], "max_gen_toks": 12}) for text in (QUESTION, "import numpy as")]
+            [_request(text, {"until": ["\n\n"], "max_gen_toks": 5}) for text in (QUESTION, "import numpy as")]
         ),
         "kind": type(model._model).__name__,
     }
@@ -117,7 +117,7 @@ def test_names_are_put_back() -> None:
 
 @pytest.mark.parametrize("options", [(), ("--depth", "3"), ("--drafter", "none"), ("--drafter-bits", "8")], ids=str)
 def test_generate_writes_mlx_lms_text(options: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--model", DEMO, "--prompt", QUESTION, "--max-tokens", "24", "--verbose", "False"]
+    arguments = ["--model", DEMO, "--prompt", QUESTION, "--max-tokens", "10", "--verbose", "False"]
     stock("generate", *arguments)
     wanted = capsys.readouterr().out
     assert call(*options, "generate", *arguments) == 0
@@ -125,12 +125,12 @@ def test_generate_writes_mlx_lms_text(options: tuple[str, ...], capsys: pytest.C
 
 
 def test_generate_drafts_and_says_what_came_of_it(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["generate", "--prompt", QUESTION, "--max-tokens", "24", "--model", "demo"]
+    arguments = ["generate", "--prompt", QUESTION, "--max-tokens", "16", "--model", "demo"]
     assert call(*arguments, "--depth", "3") == 0
     out, err = capsys.readouterr()
-    assert "Generation: 24 tokens" in out  # mlx-lm's own line
+    assert "Generation: 16 tokens" in out  # mlx-lm's own line
     kept, drafted, rounds = (int(word) for word in err.split() if word.isdigit())
-    assert 0 < kept <= drafted and rounds < 24
+    assert 0 < kept <= drafted and rounds < 16
     assert call("--drafter", "none", *arguments, "--depth", "0") == 0
     assert "0 of 0 drafts kept" in capsys.readouterr().err
 
@@ -139,7 +139,7 @@ def test_generate_takes_a_prompt_cache_of_mlx_lms(tmp_path: Path, capsys: pytest
     file = tmp_path / "prompt.safetensors"
     stock("cache_prompt", "--model", DEMO, "--prompt", "import numpy as np\n", "--prompt-cache-file", str(file))
     capsys.readouterr()
-    arguments = ["--prompt-cache-file", str(file), "--prompt", QUESTION, "--max-tokens", "16", "--verbose", "False"]
+    arguments = ["--prompt-cache-file", str(file), "--prompt", QUESTION, "--max-tokens", "8", "--verbose", "False"]
     stock("generate", *arguments)
     wanted = capsys.readouterr().out
     assert call("generate", *arguments, "--depth", "2") == 0
@@ -147,17 +147,17 @@ def test_generate_takes_a_prompt_cache_of_mlx_lms(tmp_path: Path, capsys: pytest
 
 
 def test_generate_takes_an_adapter_of_mlx_lms(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    sizes = {"rank": 2, "scale": 4.0, "dropout": 0.0, "keys": ["self_attn.q_proj"]}
+    sizes = {"rank": 2, "scale": 20.0, "dropout": 0.0, "keys": ["mlp.down_proj"]}
     config = {"fine_tune_type": "lora", "num_layers": 1, "lora_parameters": sizes}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     model = mlx_lm.load(DEMO)[0]
     last = len(model.layers) - 1
-    shape = model.layers[last].self_attn.q_proj.weight.shape
+    shape = model.layers[last].mlp.down_proj.weight.shape
     mx.random.seed(1)
-    name = next(name for name, _ in model.named_modules() if name.endswith(f"layers.{last}.self_attn.q_proj"))
+    name = next(name for name, _ in model.named_modules() if name.endswith(f"layers.{last}.mlp.down_proj"))
     tensors = {f"{name}.lora_a": mx.random.normal((shape[1], 2)), f"{name}.lora_b": mx.random.normal((2, shape[0]))}
     mx.save_safetensors(str(tmp_path / "adapters.safetensors"), tensors)
-    plain = ["--model", DEMO, "--prompt", QUESTION, "--max-tokens", "16", "--verbose", "False"]
+    plain = ["--model", DEMO, "--prompt", QUESTION, "--max-tokens", "8", "--verbose", "False"]
     texts = []
     for arguments in (plain, [*plain, "--adapter-path", str(tmp_path)]):
         stock("generate", *arguments)
@@ -202,9 +202,9 @@ def test_chat_goes_on_over_turns_as_mlx_lms(demo: str, monkeypatch: pytest.Monke
     folder = str(shutil.copytree(DEMOS[demo], tmp_path / demo))
     (tmp_path / demo / "chat_template.jinja").write_text("{{ messages[0].content }}\n")
     monkeypatch.setattr(module("chat"), "ChatUI", Scripted)
-    stock("chat", "--model", folder, "--max-tokens", "12")
+    stock("chat", "--model", folder, "--max-tokens", "6")
     wanted = Scripted.said
-    assert call("chat", "--model", folder, "--max-tokens", "12", "--depth", "2") == 0
+    assert call("chat", "--model", folder, "--max-tokens", "6", "--depth", "2") == 0
     assert Scripted.said == wanted
     assert wanted[0] == wanted[2] and wanted[0] != wanted[1]
 
@@ -323,7 +323,7 @@ def address() -> Iterator[str]:
 
 
 def ask(address: str, **fields: Any) -> dict[str, Any]:
-    body = json.dumps({"model": "default_model", "max_tokens": 16, **fields}).encode()
+    body = json.dumps({"model": "default_model", "max_tokens": 8, **fields}).encode()
     request = urllib.request.Request(f"{address}/v1/completions", body, {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=120) as answer:
         found: dict[str, Any] = json.loads(answer.read())
@@ -334,10 +334,10 @@ def test_the_server_answers_with_mlx_lms_text_and_goes_on_from_its_prompt_cache(
     model, tokenizer = mlx_lm.load(DEMO)  # type: ignore[misc]
     first = ask(address, prompt=QUESTION)
     text = first["choices"][0]["text"]
-    assert text == mlx_lm.generate(model, tokenizer, QUESTION, max_tokens=16)
+    assert text == mlx_lm.generate(model, tokenizer, QUESTION, max_tokens=8)
     longer = QUESTION + text + "\n"
     second = ask(address, prompt=longer)
-    assert second["choices"][0]["text"] == mlx_lm.generate(model, tokenizer, longer, max_tokens=16)
+    assert second["choices"][0]["text"] == mlx_lm.generate(model, tokenizer, longer, max_tokens=8)
     assert second["usage"]["prompt_tokens_details"]["cached_tokens"] > 0
     third = ask(address, prompt=QUESTION, repetition_penalty=1.3, temperature=0.7, seed=3)
     assert third["usage"]["completion_tokens"] > 0
