@@ -6,7 +6,7 @@ import mlx.core as mx
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mtp_mlx.choosing import Drafts
-from mtp_mlx.generation import Progress, Response, generation, wired
+from mtp_mlx.generation import Progress, Response, generation, solo, wired
 from mtp_mlx.options import DEFAULT_MAX_TOKENS, DEFAULT_PREFILL_STEP, Options, Prompt
 from mtp_mlx.penalties import Penalties
 from mtp_mlx.sampling import Sampler
@@ -62,7 +62,7 @@ def stream_generate(
         prefill_step_size,
     )
     with wired():
-        for event in generation(pair, tokenizer, prompt, options):
+        for event in solo(generation(pair, tokenizer, prompt, options)):
             if isinstance(event, Progress):
                 progress(event.done, event.total)
             else:
