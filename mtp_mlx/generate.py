@@ -12,7 +12,7 @@ from mtp_mlx.cache import QuantisedCache
 from mtp_mlx.choosing import Drafts
 from mtp_mlx.draft_model import DraftModel
 from mtp_mlx.errors import RequestError
-from mtp_mlx.generation import Progress, Response, check_lengths, encode, generation, wired
+from mtp_mlx.generation import Progress, Response, check_lengths, encode, generation, solo, wired
 from mtp_mlx.model import Model
 from mtp_mlx.options import DEFAULT_MAX_TOKENS, DEFAULT_PREFILL_STEP, Options, Prompt
 from mtp_mlx.penalties import Penalties
@@ -98,7 +98,7 @@ def stream_generate(
     cache = None if prompt_cache is None else PromptCache(pair, prompt_cache)
     storage = _Storage(kv_bits, kv_group_size, quantized_kv_start, max_kv_size, input_embeddings is not None)
     pair = storage.applied(pair, cache, len(ids), options.max_tokens)
-    with wired(), closing(_on(stream, generation(pair, words, ids, options, cache))) as events:
+    with wired(), closing(_on(stream, solo(generation(pair, words, ids, options, cache)))) as events:
         for event in events:
             if isinstance(event, list):
                 yield from cache.hand_out(event) if cache else event

@@ -308,6 +308,12 @@ def open_sequence(
     return Sequence(Pair(target, drafter, PROGRAMS, kv_bits), Rules(sampler, drafts=drafts), seed)
 
 
+def drafted(sequence: Sequence, k: int) -> list[list[int]]:
+    """What the drafter would propose now."""
+    batch = sequence.batch
+    return cast(list[list[int]], batch._propose(k, batch._groups()).tokens.tolist())
+
+
 def run_rounds(
     target: Target,
     drafter: Drafter,

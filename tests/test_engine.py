@@ -23,7 +23,7 @@ from mtp_mlx.conversation import Conversations
 from mtp_mlx.dialects import find_dialect
 from mtp_mlx.engine import Engine, Event, Piece, Request, Stream
 from mtp_mlx.errors import BusyError, MTPError, RequestError
-from mtp_mlx.generation import Progress, Response, generation
+from mtp_mlx.generation import Progress, Response, generation, solo
 from mtp_mlx.grammar import Grammar, Guide
 from mtp_mlx.loading import load
 from mtp_mlx.options import Options
@@ -55,7 +55,7 @@ def tokens_of(stream: Stream) -> list[int]:
 
 
 def alone(loaded: Loaded, request: Request) -> list[Response]:
-    events = generation(*loaded, request.prompt, request.options)
+    events = solo(generation(*loaded, request.prompt, request.options))
     return [response for event in events if isinstance(event, list) for response in event]
 
 
@@ -248,7 +248,7 @@ def test_a_prompt_that_was_broken_off_goes_on_where_it_was(loaded: Loaded) -> No
 
 
 def test_two_texts_at_a_time_do_not_share_what_one_measures(loaded: Loaded) -> None:
-    texts = [generation(*loaded, varied_tokens(30, seed=i), Options(40)) for i in range(2)]
+    texts = [solo(generation(*loaded, varied_tokens(30, seed=i), Options(40))) for i in range(2)]
     for text in (*texts, *texts):
         next(text)
     policies = loaded[0].measured["auto"]
@@ -256,7 +256,7 @@ def test_two_texts_at_a_time_do_not_share_what_one_measures(loaded: Loaded) -> N
     assert policies[0].policy is not policies[1].policy
     for text in texts:
         text.close()
-    list(generation(*loaded, varied_tokens(30), Options(5)))
+    list(solo(generation(*loaded, varied_tokens(30), Options(5))))
     assert len(policies) == 2 and not any(measured.busy for measured in policies), "a later text takes one of them"
 
 

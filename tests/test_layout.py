@@ -81,7 +81,8 @@ ALLOWED = {
         "types",
     },
     "mtp_mlx.stops": set(),
-    "mtp_mlx.engine": {"errors", "generation", "options", "prefixes", "stats", "stops", "types"},
+    "mtp_mlx.together": {"depth", "generation", "memory", "rounds", "types"},
+    "mtp_mlx.engine": {"depth", "together", "errors", "generation", "options", "prefixes", "stats", "stops", "types"},
     "mtp_mlx.bench": {
         "cache",
         "choosing",

@@ -1,0 +1,143 @@
+"""Texts written together: which of them share a batch, how deep that drafts, and whether it pays."""
+
+from collections.abc import Sequence as Several
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from mtp_mlx import memory
+from mtp_mlx.depth import Depth, choose_depth
+from mtp_mlx.generation import Turn, Writing
+from mtp_mlx.rounds import Batch, Round, Sequence, next_round
+from mtp_mlx.types import Pair
+
+SHORT = 2048  # rows; texts of at most so many are written together whatever their lengths
+UNLIKE = 2  # otherwise none may have more than so many times the rows of another
+WARM_UP = 2  # rounds of a batch that are not timed: they are being traced
+TRIAL = 32  # rounds after which a way to write is judged
+RETRIAL = 512  # rounds of one way after which the other one is tried again
+FADE = 0.98  # weight of what was measured, one round later
+
+
+class Together:
+    """Writes texts of one pair in one batch where that is faster than one after the other."""
+
+    def __init__(self, pair: Pair):
+        self._pair = pair
+        self._pace: Pace = pair.measured.setdefault("pace", Pace())
+        self._policies: dict[tuple[int, int | str], Depth] = pair.measured.setdefault("together", {})
+
+    def company(self, writings: Several[Writing]) -> list[Writing]:
+        """Those that the first of these should have its next round with, itself included."""
+        first = writings[0]
+        mates = [first]
+        for writing in writings[1:]:
+            if _fit([*mates, writing]):
+                mates.append(writing)
+        together = len(mates) > 1 and first.sequence.ready and self._pace.together(len(mates))
+        return mates if together else [first]
+
+    def round(self, writings: Several[Writing]) -> list[Turn]:
+        """A round of these texts, which `company` has put together."""
+        if len(writings) == 1:
+            writings[0].sequence.batch.release([writings[0].sequence])
+            turns = [writings[0].round()]
+        else:
+            policy = self._policy(len(writings), writings[0].options.depth)
+            batch = self._gathered([writing.sequence for writing in writings], policy)
+            ordered = sorted(writings, key=lambda writing: batch.sequences.index(writing.sequence))
+            budget = max(writing.left for writing in ordered)
+            results = next_round(batch, policy, budget, [writing.copies for writing in ordered])
+            came = {id(writing): result for writing, result in zip(ordered, results, strict=True)}
+            turns = [Turn(came[id(writing)], policy) for writing in writings]
+        self._pace.observe(writings[0].sequence.batch, [turn.result for turn in turns])
+        return turns
+
+    def _gathered(self, sequences: list[Sequence], policy: Depth) -> Batch:
+        """The one batch of these texts."""
+        batch = max((sequence.batch for sequence in sequences), key=lambda batch: len(batch.sequences))
+        strangers = [sequence for sequence in batch.sequences if sequence not in sequences]
+        changed = bool(strangers)
+        batch.release(strangers)
+        for sequence in sequences:
+            if sequence.batch is not batch:
+                sequence.batch.release([sequence])
+                batch.join(sequence.batch)
+                changed = True
+        if changed:
+            batch.rounds = 0
+            policy.begin()
+        return batch
+
+    def _policy(self, rows: int, depth: int | str) -> Depth:
+        """What is measured of so many texts at a time serves all that come in such a number."""
+        key = rows, depth
+        if key not in self._policies:
+            self._policies[key] = choose_depth(depth, self._pair.drafter.limit)
+        return self._policies[key]
+
+
+def _fit(writings: list[Writing]) -> bool:
+    """Whether texts can be rows of one batch: with the same drafter at the same depth, and of similar length.
+
+    Every row takes the room of the longest, and attention looks at all of it.
+    """
+    sequences = [writing.sequence for writing in writings]
+    kinds = {(id(writing.sequence.pair.drafter), writing.options.depth) for writing in writings}
+    if len(kinds) > 1 or not all(sequence.ready for sequence in sequences):
+        return False
+    rows = [sequence.batch.cache.capacity for sequence in sequences]
+    if max(rows) > max(SHORT, UNLIKE * min(rows)):
+        return False
+    held = [sequence.nbytes for sequence in sequences]
+    more = max(held) * len(held) - sum(held)
+    return more == 0 or more < memory.free_bytes()
+
+
+class _Rate(NamedTuple):
+    """Tokens and seconds, those of long ago counting less."""
+
+    tokens: float = 0.0
+    seconds: float = 0.0
+    rounds: int = 0
+
+    def add(self, tokens: int, seconds: float) -> "_Rate":
+        return _Rate(FADE * self.tokens + tokens, FADE * self.seconds + seconds, self.rounds + 1)
+
+    @property
+    def known(self) -> bool:
+        return self.rounds >= TRIAL
+
+    @property
+    def pace(self) -> float:
+        return self.tokens / self.seconds
+
+
+@dataclass
+class Pace:
+    """Tokens per second of so many texts together, and of one after the other, as measured on this machine."""
+
+    rates: dict[int, _Rate] = field(default_factory=dict)  # 1: one after the other
+    since: int = 0  # rounds since the way that does not pay was tried last
+
+    def together(self, texts: int) -> bool:
+        """Whether so many should be written together: what is not known is tried, first of all together."""
+        joint, single = self.rates.get(texts, _Rate()), self.rates.get(1, _Rate())
+        if not joint.known or not single.known:
+            return not joint.known
+        if self.since >= RETRIAL:
+            self._forget(texts if joint.pace < single.pace else 1)
+        return joint.pace >= single.pace
+
+    def _forget(self, texts: int) -> None:
+        """Try it again."""
+        self.rates[texts] = self.rates[texts]._replace(rounds=0)
+        self.since = 0
+
+    def observe(self, batch: Batch, results: list[Round | Exception]) -> None:
+        """Learn of a round."""
+        self.since += 1
+        sound = [result for result in results if isinstance(result, Round)]
+        if batch.rounds > WARM_UP and sound:
+            tokens = sum(len(result.tokens) for result in sound)
+            texts = len(batch.sequences)
+            self.rates[texts] = self.rates.get(texts, _Rate()).add(tokens, sound[0].times.total)
