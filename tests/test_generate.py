@@ -368,12 +368,13 @@ def test_other_models_are_refused(tokenizer: TokenizerWrapper, pair: Pair) -> No
 def test_limits_that_a_text_does_not_reach_change_nothing(tokenizer: TokenizerWrapper) -> None:
     model, prompt = ours("qwen3_5_tied"), varied_tokens(8)
     expected = [response.token for response in stream_generate(model, tokenizer, prompt, 5)]
-    for options in (
+    unreached: list[dict[str, Any]] = [
         {"max_kv_size": 13},
         {"kv_bits": 8},
         {"kv_bits": 8, "quantized_kv_start": 14},
         {"num_draft_tokens": 3},
-    ):
+    ]
+    for options in unreached:
         assert [response.token for response in stream_generate(model, tokenizer, prompt, 5, **options)] == expected
 
 

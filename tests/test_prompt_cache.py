@@ -4,7 +4,7 @@ import copy
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import pytest
@@ -69,8 +69,8 @@ def contents(caches: Caches) -> list[tuple[int, list[mx.array]]]:
 
 
 def _contents(cache: Any) -> list[mx.array]:
-    if isinstance(cache, ArraysCache):
-        return list(cache.cache)
+    if type(cache) is ArraysCache:
+        return list(cast(Any, cache).cache)
     rows = [cache.keys, cache.values]
     if isinstance(cache, RotatingKVCache):
         return [cache._temporal_order(part)[:, :, -min(cache.offset, cache.max_size) :] for part in rows]
@@ -175,7 +175,7 @@ def test_a_trimmed_cache_goes_on_at_the_earlier_place(count: int) -> None:
     pair, prompt = pair_of(GEMMA), varied_tokens(WINDOW - 6)
     caches, fresh = stock_caches(pair.target), make_prompt_cache(theirs(GEMMA))
     text = prompt + [token for token, _ in our_steps(pair, prompt, caches, 4)]
-    assert trim_prompt_cache(caches, count) == count
+    assert cast(int, trim_prompt_cache(caches, count)) == count
     mlx_lm_steps(GEMMA, text[:-count], fresh, 0)
     more = varied_tokens(8, 3)
     expected = mlx_lm_steps(GEMMA, more, fresh)
@@ -187,7 +187,7 @@ def test_what_is_trimmed_to_nothing_begins_anew() -> None:
     pair, prompt = pair_of(GEMMA), varied_tokens(5)
     caches = stock_caches(pair.target)
     first = our_steps(pair, prompt, caches, 3)
-    assert trim_prompt_cache(caches, 8) == 8
+    assert cast(int, trim_prompt_cache(caches, 8)) == 8
     same(our_steps(pair, prompt, caches, 3), first)
 
 
@@ -377,7 +377,7 @@ def test_quantised_caches_go_back_and_forth() -> None:
     variant = "qwen3_5_tied"
     pair, prompt, more = pair_of(variant), varied_tokens(12), varied_tokens(6, 1)
     others: Caches = make_prompt_cache(theirs(variant))
-    step = {"kv_bits": 8, "kv_group_size": 32}
+    step: dict[str, Any] = {"kv_bits": 8, "kv_group_size": 32}
     list(
         their_steps(
             mx.array(prompt), theirs(variant), max_tokens=TURN, prompt_cache=others, quantized_kv_start=0, **step
@@ -467,7 +467,7 @@ def test_processors_are_shown_this_prompt_and_no_other() -> None:
     seen = list[list[int]]()
 
     def processor(tokens: mx.array, logits: mx.array) -> mx.array:
-        seen.append(tokens.tolist())
+        seen.append(cast(list[int], tokens.tolist()))
         return logits
 
     for depth in (0, 3):
