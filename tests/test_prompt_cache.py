@@ -8,10 +8,23 @@ from typing import Any, cast
 
 import mlx.core as mx
 import pytest
-from conftest import QWEN, VARIANTS, WINDOW, AlteredTarget, DialledDrafter, gap, tiny, tiny_pair, varied_tokens
+from conftest import (
+    FIXTURES,
+    QWEN,
+    VARIANTS,
+    WINDOW,
+    AlteredTarget,
+    DialledDrafter,
+    gap,
+    mlx_lm_processors,
+    tiny,
+    tiny_pair,
+    varied_tokens,
+)
 from faces import theirs
 from mlx_lm.generate import BatchGenerator
 from mlx_lm.generate import generate_step as their_steps
+from mlx_lm.generate import stream_generate as their_stream
 from mlx_lm.models.cache import (
     ArraysCache,
     BatchKVCache,
@@ -27,9 +40,12 @@ from mlx_lm.models.cache import (
 
 from mtp_mlx.draft_model import DraftModel
 from mtp_mlx.errors import RequestError
-from mtp_mlx.generate import generate_step
+from mtp_mlx.generate import generate_step, stream_generate
+from mtp_mlx.loading import load
 from mtp_mlx.ngram import NOBODY
+from mtp_mlx.penalties import Penalties
 from mtp_mlx.prompt_cache import stock_caches
+from mtp_mlx.sampling import Sample
 from mtp_mlx.types import Pair
 
 GEMMA, MIXED = "gemma4_ple", "qwen3_5_tied"  # sliding layers that share keys; recurrent layers and a head
@@ -214,6 +230,22 @@ def test_a_text_that_is_given_up_leaves_the_prompt_and_what_was_given(told: tupl
             assert [next(steps)[0] for _ in range(given)] == truth[:given]
             steps.close()
             alike(caches, expected)
+
+
+def test_a_stop_token_is_the_last_that_is_left(told: tuple[str, list[int], list[int]]) -> None:
+    """At every place of an accepted run, as in mlx-lm, whose own function has read the stop token too."""
+    variant, prompt, truth = told
+    pair = Pair(tiny_pair(variant)[0], DialledDrafter.dial(prompt + truth, 1.0))
+    places = [place for place in range(10) if truth[place] not in truth[:place]]
+    assert len({place % 5 for place in places}) >= 3, "of a round of five tokens"
+    for place in places:
+        _, tokenizer = load(FIXTURES / "gemma4_keqv", drafter=None)
+        tokenizer.eos_token_ids = {truth[place]}
+        caches, others = stock_caches(pair.target), make_prompt_cache(theirs(variant))
+        last = list(stream_generate(pair, tokenizer, prompt, 14, depth=4, prompt_cache=caches, lookup=False))[-1]
+        *_, expected = their_stream(theirs(variant), tokenizer, prompt, 14, prompt_cache=others)
+        assert (last.finish_reason, last.generation_tokens) == (expected.finish_reason, place + 1)
+        alike(caches, others)
 
 
 def test_partial_acceptance_leaves_no_rejected_draft(told: tuple[str, list[int], list[int]]) -> None:
@@ -477,3 +509,22 @@ def test_processors_are_shown_this_prompt_and_no_other() -> None:
         )
         text = more + [token for token, _ in steps]
         assert seen == [text[:n] for n in range(len(more), len(text))]
+
+
+def test_penalties_do_not_know_what_the_cache_was_made_of() -> None:
+    caches = mlx_lm_has_read(MIXED, varied_tokens(12))
+    more, penalties = varied_tokens(5, 1), Penalties(repetition=1.5)
+    model, chain = theirs(MIXED), mlx_lm_processors(penalties)
+    held = copy.deepcopy(caches)
+    steps = their_steps(mx.array(more), model, max_tokens=12, prompt_cache=held, logits_processors=chain)
+    expected = [(int(token), row) for token, row in steps]
+    for depth in (0, 3):
+        same(our_steps(pair_of(MIXED), more, copy.deepcopy(caches), 12, depth, penalties=penalties), expected)
+
+
+def test_a_seed_writes_the_same_text_behind_a_cache() -> None:
+    pair, prompt, more = pair_of(MIXED), varied_tokens(9), varied_tokens(5, 1)
+    options: dict[str, Any] = {"depth": 3, "seed": 3, "sampler": Sample(0.9)}
+    expected = [token for token, _ in generate_step(prompt + more, pair, max_tokens=TURN, **options)]
+    found = our_steps(pair, more, mlx_lm_has_read(MIXED, prompt), **options)
+    assert [token for token, _ in found] == expected
