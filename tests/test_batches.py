@@ -1,6 +1,5 @@
 """`batch_generate`: each text is what `stream_generate` writes for its prompt alone."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +19,6 @@ from mtp_mlx.loading import load
 from mtp_mlx.options import Options
 from mtp_mlx.penalties import Penalties
 from mtp_mlx.prefixes import Prefixes
-from mtp_mlx.rounds import Batch
 from mtp_mlx.sampling import Greedy, Sample
 from mtp_mlx.together import Together
 from mtp_mlx.types import Pair
@@ -34,20 +32,6 @@ TOKENS = [9, 30, 1, 2, 25, 12, 30, 3]
 def loaded(request: pytest.FixtureRequest) -> Loaded:
     drafter = FIXTURES / request.param / "assistant"
     return load(FIXTURES / request.param, drafter if drafter.is_dir() else "auto", dtype=mx.float32)
-
-
-@pytest.fixture
-def sizes() -> Iterator[list[int]]:
-    """How many texts each round was of."""
-    seen: list[int] = []
-    plain = Batch.round
-
-    def spied(self: Batch, *arguments: object) -> object:
-        seen.append(len(self.sequences))
-        return plain(self, *arguments)  # type: ignore[arg-type]
-
-    with mock.patch.object(Batch, "round", spied):
-        yield seen
 
 
 def _alone(loaded: Loaded, prompt: list[int], tokens: int, **options: object) -> list[int]:
