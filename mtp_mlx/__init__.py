@@ -1,5 +1,6 @@
 """Lossless multi-token prediction on MLX."""
 
+from mtp_mlx.batches import batch_generate
 from mtp_mlx.choosing import Rules
 from mtp_mlx.errors import CheckpointError, MTPError, PairError, RequestError
 from mtp_mlx.generate import generate, generate_step, stream_generate
@@ -26,6 +27,7 @@ __all__ = [
     "Rules",
     "Sample",
     "Stats",
+    "batch_generate",
     "generate",
     "generate_step",
     "load",

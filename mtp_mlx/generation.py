@@ -86,14 +86,20 @@ class Writing:
     def round(self) -> "Turn":
         """A round of the text alone."""
         (result,) = next_round(self.sequence.batch, self._policy, self.left, [self.copies])
-        return Turn(result, self._policy)
+        return self.cut(result, self._policy)
+
+    def cut(self, result: Round | Exception, depth: Depth) -> "Turn":
+        """The round up to a stop. Before any text leaves the batch, this is done for all."""
+        if isinstance(result, Round):
+            result = self._emitter.until_stop(result)
+            self.sequence.keep(len(result.tokens))
+        return Turn(result, depth)
 
     def take(self, turn: "Turn") -> list[Response]:
-        """What a round has brought, up to a stop. Raises what went wrong in it."""
+        """What a round has brought. Raises what went wrong in it."""
         if isinstance(turn.result, Exception):
             raise turn.result
-        result = self._emitter.until_stop(turn.result)
-        self.sequence.keep(len(result.tokens))
+        result = turn.result
         warned = self._stats.alarm
         self._stats = self._stats.after(result, turn.depth, self.sequence.nbytes, mx.get_peak_memory())
         if self._stats.alarm and not warned:
@@ -102,7 +108,7 @@ class Writing:
 
 
 class Turn(NamedTuple):
-    """What a round has brought to a text."""
+    """What a round has brought to a text, up to a stop."""
 
     result: Round | Exception
     depth: Depth  # who chose how deep it was

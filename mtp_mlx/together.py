@@ -1,12 +1,15 @@
 """Texts written together: which of them share a batch, how deep that drafts, and whether it pays."""
 
+from collections import deque
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Several
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from mtp_mlx import memory
 from mtp_mlx.depth import Depth, choose_depth
-from mtp_mlx.generation import Turn, Writing
+from mtp_mlx.errors import BusyError
+from mtp_mlx.generation import Generation, Progress, Response, Turn, Writing
 from mtp_mlx.rounds import Batch, Round, Sequence, next_round
 from mtp_mlx.types import Pair
 
@@ -18,6 +21,14 @@ RETRIAL = 512  # rounds of one way after which the other one is tried again
 FADE = 0.98  # weight of what was measured, one round later
 
 
+@dataclass
+class _Live:
+    """A text that is being written."""
+
+    events: Generation
+    writing: Writing | None = None
+
+
 class Together:
     """Writes texts of one pair in one batch where that is faster than one after the other."""
 
@@ -25,6 +36,57 @@ class Together:
         self._pair = pair
         self._pace: Pace = pair.measured.setdefault("pace", Pace())
         self._policies: dict[tuple[int, int | str], Depth] = pair.measured.setdefault("together", {})
+
+    def write(
+        self, texts: Several[Callable[[], Generation]], at_once: int
+    ) -> Iterator[tuple[int, Progress | list[Response]]]:
+        """Write texts, at most so many at once: the number of each and what came of it.
+
+        One for which there is no memory yet begins when another has ended. Raises what goes wrong in any of them.
+        """
+        waiting, live = deque(enumerate(texts)), dict[int, _Live]()
+        try:
+            while waiting or live:
+                while waiting and len(live) < at_once:
+                    number, begin = waiting[0]
+                    live[number] = _Live(begin())
+                    try:
+                        yield from self._told(number, live, None)
+                    except BusyError:
+                        del live[number]
+                        if not live:
+                            raise
+                        break
+                    waiting.popleft()
+                writings = [text.writing for text in live.values() if text.writing]
+                if writings:
+                    yield from self._round(live, self.company(writings))
+        finally:
+            for text in live.values():
+                text.events.close()
+
+    def _round(
+        self, live: "dict[int, _Live]", writings: list[Writing]
+    ) -> Iterator[tuple[int, Progress | list[Response]]]:
+        numbers = {id(text.writing): number for number, text in live.items()}
+        for writing, turn in zip(writings, self.round(writings), strict=True):
+            number = numbers[id(writing)]
+            live[number] = live.pop(number)  # behind those that were not in this round
+            yield from self._told(number, live, turn)
+
+    def _told(
+        self, number: int, live: "dict[int, _Live]", turn: Turn | None
+    ) -> Iterator[tuple[int, Progress | list[Response]]]:
+        """What a text says until it wants another round; one that has ended is not alive any more."""
+        text = live[number]
+        try:
+            event = text.events.send(turn)
+            while not isinstance(event, Writing):
+                yield number, event
+                event = next(text.events)
+            text.writing = event
+        except StopIteration:
+            del live[number]
 
     def company(self, writings: Several[Writing]) -> list[Writing]:
         """Those that the first of these should have its next round with, itself included."""
@@ -47,8 +109,8 @@ class Together:
             ordered = sorted(writings, key=lambda writing: batch.sequences.index(writing.sequence))
             budget = max(writing.left for writing in ordered)
             results = next_round(batch, policy, budget, [writing.copies for writing in ordered])
-            came = {id(writing): result for writing, result in zip(ordered, results, strict=True)}
-            turns = [Turn(came[id(writing)], policy) for writing in writings]
+            cut = [writing.cut(result, policy) for writing, result in zip(ordered, results, strict=True)]
+            turns = [cut[ordered.index(writing)] for writing in writings]
         self._pace.observe(writings[0].sequence.batch, [turn.result for turn in turns])
         return turns
 
@@ -124,20 +186,19 @@ class Pace:
         joint, single = self.rates.get(texts, _Rate()), self.rates.get(1, _Rate())
         if not joint.known or not single.known:
             return not joint.known
-        if self.since >= RETRIAL:
-            self._forget(texts if joint.pace < single.pace else 1)
-        return joint.pace >= single.pace
-
-    def _forget(self, texts: int) -> None:
-        """Try it again."""
-        self.rates[texts] = self.rates[texts]._replace(rounds=0)
-        self.since = 0
+        pays = joint.pace >= single.pace
+        if self.since < RETRIAL:
+            return pays
+        loser = 1 if pays else texts
+        self.rates[loser], self.since = self.rates[loser]._replace(rounds=0), 0
+        return not pays
 
     def observe(self, batch: Batch, results: list[Round | Exception]) -> None:
-        """Learn of a round."""
-        self.since += 1
+        """Learn of a round, once its like has been traced."""
         sound = [result for result in results if isinstance(result, Round)]
         if batch.rounds > WARM_UP and sound:
-            tokens = sum(len(result.tokens) for result in sound)
-            texts = len(batch.sequences)
-            self.rates[texts] = self.rates.get(texts, _Rate()).add(tokens, sound[0].times.total)
+            self.add(len(batch.sequences), sum(len(result.tokens) for result in sound), sound[0].times.total)
+
+    def add(self, texts: int, tokens: int, seconds: float) -> None:
+        self.since += 1
+        self.rates[texts] = self.rates.get(texts, _Rate()).add(tokens, seconds)

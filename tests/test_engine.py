@@ -78,6 +78,41 @@ def test_requests_at_a_time_get_what_each_gets_alone(loaded: Loaded, engine: Eng
     assert [found[i] for i in range(len(requests))] == [ids(alone(loaded, request)) for request in requests]
 
 
+def test_texts_are_written_together_and_each_ends_as_if_it_were_alone(loaded: Loaded, sizes: list[int]) -> None:
+    """A stop text, a reader that leaves, a fault and an end of its own, in one batch; and what each leaves is right."""
+
+    def faulty(tokens: mx.array, logits: mx.array) -> mx.array:
+        if tokens.size > 60:
+            raise ZeroDivisionError
+        return logits
+
+    pair, tokenizer = loaded
+    served = Engine(pair, tokenizer, Prefixes(pair, 10**9, near=1))
+    requests = [
+        Request(varied_tokens(40 + i, seed=i), Options(tokens, 3, sampler, logits_processors=processors, seed=i))
+        for i, (tokens, sampler, processors) in enumerate(
+            [(30, None, None), (400, Sample(0.8), None), (90, None, [faulty]), (70, Sample(1.0), None)]
+        )
+    ]
+    truth = {row: alone(loaded, requests[row]) for row in (0, 3)}
+    text = "".join(response.text for response in truth[3])
+    stop = text[len(text) // 2 :][:4]
+    requests[3] = replace(requests[3], stop=(stop,))
+    streams = [served.stream(request) for request in requests]
+    with pytest.raises(ZeroDivisionError):
+        list(streams[2])
+    assert tokens_of(streams[0]) == ids(truth[0])
+    streams[1].close()
+    said = "".join(event.text for event in streams[3] if isinstance(event, Piece))
+    assert said == text[: text.index(stop)]
+    assert max(sizes) == 4 and sizes.count(2) + sizes.count(3) > 0
+    following = replace(requests[0], prompt=[*requests[0].prompt, *ids(truth[0]), *varied_tokens(9, seed=9)])
+    events = list(served.stream(following))
+    assert isinstance(events[0], Progress) and events[0].cached >= 68, "what it left in the batch is not read again"
+    assert [t.id for e in events if isinstance(e, Piece) for t in e.tokens] == ids(alone(loaded, following))
+    served.close(10)
+
+
 def test_a_short_request_does_not_wait_for_a_long_prompt(engine: Engine) -> None:
     long = engine.stream(Request(varied_tokens(1000), Options(5, 0, prefill_step_size=20)))
     assert next(long) == Progress(0, 1000) and isinstance(next(long), Progress)

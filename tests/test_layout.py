@@ -81,7 +81,18 @@ ALLOWED = {
         "types",
     },
     "mtp_mlx.stops": set(),
-    "mtp_mlx.together": {"depth", "generation", "memory", "rounds", "types"},
+    "mtp_mlx.together": {"", "depth", "errors", "generation", "rounds", "types"},
+    "mtp_mlx.batches": {
+        "errors",
+        "generation",
+        "ngram",
+        "options",
+        "penalties",
+        "prefixes",
+        "sampling",
+        "together",
+        "types",
+    },
     "mtp_mlx.engine": {"depth", "together", "errors", "generation", "options", "prefixes", "stats", "stops", "types"},
     "mtp_mlx.bench": {
         "cache",
@@ -335,6 +346,7 @@ ALLOWED = {
     },
     "mtp_mlx.cli.main": {"cli", "errors"},
     "mtp_mlx": {
+        "batches",
         "choosing",
         "errors",
         "generate",

@@ -277,6 +277,26 @@ def test_an_error_leaves_the_prompt_and_what_was_given(told: tuple[str, list[int
         alike(caches, mlx_lm_has_read(variant, prompt + given))
 
 
+def test_a_round_of_which_nothing_was_given_is_forgotten(
+    told: tuple[str, list[int], list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error behind the round, where a text is made of its tokens."""
+    variant, prompt, truth = told
+    pair, given = Pair(tiny_pair(variant)[0], DialledDrafter.dial(prompt + truth, 1.0)), list[int]()
+
+    def add_token(words: object, token: int) -> None:
+        if len(given) == 4:
+            raise ArithmeticError("no such text")
+
+    _, tokenizer = load(FIXTURES / "gemma4_keqv", drafter=None)
+    monkeypatch.setattr(type(tokenizer.detokenizer), "add_token", add_token)
+    caches = stock_caches(pair.target)
+    with pytest.raises(ArithmeticError, match="no such text"):
+        for response in stream_generate(pair, tokenizer, prompt, 14, prompt_cache=caches, depth=3, lookup=False):
+            given.append(response.token)
+    alike(caches, mlx_lm_has_read(variant, prompt + truth[:4]))
+
+
 def test_a_prompt_that_is_broken_off_leaves_its_chunks(told: tuple[str, list[int], list[int]]) -> None:
     variant, prompt, truth = told
     pair = pair_of(variant)
