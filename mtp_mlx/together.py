@@ -30,11 +30,14 @@ class _Live:
 
 
 class Together:
-    """Writes texts of one pair in one batch where that is faster than one after the other."""
+    """Writes texts of one pair in one batch where that is faster than one after the other.
 
-    def __init__(self, pair: Pair):
+    What `pace` knows of that serves all texts of a pair, unless it is given.
+    """
+
+    def __init__(self, pair: Pair, pace: "Pace | None" = None):
         self._pair = pair
-        self._pace: Pace = pair.measured.setdefault("pace", Pace())
+        self._pace: Pace = pace or pair.measured.setdefault("pace", Pace())
         self._policies: dict[tuple[int, int | str], Depth] = pair.measured.setdefault("together", {})
 
     def write(
