@@ -422,6 +422,20 @@ def test_a_draft_models_caches_are_taken_where_mlx_lm_has_them(drafting: str, ca
     assert f"drafter has read of its {12 + TURN} tokens" in caplog.text
 
 
+def test_a_draft_model_that_was_to_read_a_round_later_begins_anew(caplog: pytest.LogCaptureFixture) -> None:
+    """Of a round that is given up in the middle: what it has read is not what the caches are to hold."""
+    target, _ = tiny("gemma4_keqv")
+    pair, prompt, more = Pair(target, DraftModel(target)), varied_tokens(12), varied_tokens(8, 1)
+    caches = stock_caches(target) + stock_caches(target)
+    steps = generate_step(prompt, pair, prompt_cache=caches, depth=3, lookup=False)
+    text = prompt + [next(steps)[0] for _ in range(2)]
+    steps.close()
+    assert [cache.offset for cache in caches] == [14] * (len(caches) // 2) + [0] * (len(caches) // 2)
+    expected = list(generate_step(text + more, pair, max_tokens=TURN, depth=3, lookup=False))
+    same(our_steps(pair, more, caches), expected)
+    assert "drafter has read of its 14 tokens" in caplog.text
+
+
 # --------------------------------------------------------------------------- quantised
 
 
