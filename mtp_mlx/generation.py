@@ -187,7 +187,7 @@ def _admitted(pair: Pair, ids: list[int], options: Options, prefixes: Prefixes |
     check_tokens(ids, pair.target.vocabulary)
     if options.prefill_step_size < 1:
         raise RequestError(f"prefill step size {options.prefill_step_size} must be at least 1")
-    length = prefixes.offset + len(ids) if ids else 0
+    length = prefixes.offset + len(ids)
     allowed = check_lengths(length, options.max_tokens, pair.target.context)
     endless, evictable = options.max_tokens == -1, prefixes.evictable
     admission = admit(pair, length, allowed, endless=endless, evictable=evictable, claims=prefixes.claims)

@@ -177,13 +177,13 @@ def test_a_ring_is_read_wherever_its_oldest_row_stands() -> None:
     """mlx-lm writes single tokens over the oldest ones, and puts the ring in order when a block comes."""
     pair = pair_of(GEMMA)
     seen = set[int]()
-    for tokens in (0, 1, 5, WINDOW - 1):
+    for tokens in (0, 3, WINDOW - 1):
         caches: Caches = make_prompt_cache(theirs(GEMMA))
         mlx_lm_steps(GEMMA, varied_tokens(WINDOW + 3), caches, tokens)
         seen.add(next(cache._idx for cache in caches if isinstance(cache, RotatingKVCache)))
         expected = mlx_lm_steps(GEMMA, varied_tokens(2, 1), copy.deepcopy(caches), 2)
         same(our_steps(pair, varied_tokens(2, 1), caches, 2), expected)
-    assert len(seen) == 4
+    assert len(seen) == 3
 
 
 @pytest.mark.parametrize("count", [1, WINDOW - 3])
@@ -222,7 +222,7 @@ def test_a_text_that_is_given_up_leaves_the_prompt_and_what_was_given(told: tupl
     """At every place of a run of accepted drafts, whether it is closed or has had its number of tokens."""
     variant, prompt, truth = told
     pair = Pair(tiny_pair(variant)[0], DialledDrafter.dial(prompt + truth, 1.0))
-    for given in range(1, 10):
+    for given in range(1, 7):
         expected = mlx_lm_has_read(variant, prompt + truth[:given])
         for tokens in (given, 14):
             caches = stock_caches(pair.target)
@@ -238,8 +238,8 @@ def test_a_stop_token_is_the_last_that_is_left(told: tuple[str, list[int], list[
     pair = Pair(tiny_pair(variant)[0], DialledDrafter.dial(prompt + truth, 1.0))
     places = [place for place in range(10) if truth[place] not in truth[:place]]
     assert len({place % 5 for place in places}) >= 3, "of a round of five tokens"
+    _, tokenizer = load(FIXTURES / "gemma4_keqv", drafter=None)
     for place in places:
-        _, tokenizer = load(FIXTURES / "gemma4_keqv", drafter=None)
         tokenizer.eos_token_ids = {truth[place]}
         caches, others = stock_caches(pair.target), make_prompt_cache(theirs(variant))
         last = list(stream_generate(pair, tokenizer, prompt, 14, depth=4, prompt_cache=caches, lookup=False))[-1]
@@ -250,7 +250,7 @@ def test_a_stop_token_is_the_last_that_is_left(told: tuple[str, list[int], list[
 
 def test_partial_acceptance_leaves_no_rejected_draft(told: tuple[str, list[int], list[int]]) -> None:
     variant, prompt, truth = told
-    for seed in range(3):
+    for seed in range(2):
         drafter = DialledDrafter.every_partial(prompt + truth, len(prompt), 3, seed)
         caches = stock_caches(tiny_pair(variant)[0])
         our_steps(Pair(tiny_pair(variant)[0], drafter), prompt, caches, 11, depth=3)
@@ -260,7 +260,7 @@ def test_partial_acceptance_leaves_no_rejected_draft(told: tuple[str, list[int],
 def test_an_error_leaves_the_prompt_and_what_was_given(told: tuple[str, list[int], list[int]]) -> None:
     variant, prompt, truth = told
     pair = Pair(tiny_pair(variant)[0], DialledDrafter.dial(prompt + truth, 1.0))
-    for fails in range(1, 8):
+    for fails in (1, 2, 4, 6):
         calls = iter(range(99))
 
         def sampler(logprobs: mx.array, calls: Iterator[int] = calls, fails: int = fails) -> mx.array:
@@ -402,11 +402,10 @@ def test_mlx_lm_reads_several_texts_on_in_a_batch() -> None:
     assert [written[uid] for uid in uids] == [[token for token, _ in steps] for steps in expected]
 
 
-@pytest.mark.parametrize("drafting", ["gemma4_keqv", "gemma4_ple"])
-def test_a_draft_models_caches_are_taken_where_mlx_lm_has_them(drafting: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_draft_models_caches_are_taken_where_mlx_lm_has_them(caplog: pytest.LogCaptureFixture) -> None:
     """Behind the target's, as mlx-lm's own functions expect them; a warm turn drafts as well as a cold one then."""
     target, _ = tiny("gemma4_keqv")
-    small, _ = tiny(drafting)
+    small, _ = tiny("gemma4_ple")
     pair, prompt, more = Pair(target, DraftModel(small)), varied_tokens(12), varied_tokens(8, 1)
     caches = stock_caches(target) + stock_caches(small)
     first = our_steps(pair, prompt, caches)
