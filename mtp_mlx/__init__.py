@@ -1,6 +1,7 @@
 """Lossless multi-token prediction on MLX."""
 
 from mtp_mlx.attach import attach
+from mtp_mlx.batches import batch_generate
 from mtp_mlx.choosing import Rules
 from mtp_mlx.errors import CheckpointError, MTPError, PairError, RequestError
 from mtp_mlx.generate import generate, generate_step, stream_generate
@@ -28,6 +29,7 @@ __all__ = [
     "Sample",
     "Stats",
     "attach",
+    "batch_generate",
     "generate",
     "generate_step",
     "load",

@@ -6,8 +6,9 @@ A recurrent state has swallowed the draft; it is made again from the state befor
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple, cast
+from copy import copy
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, Self, cast
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
@@ -101,6 +102,30 @@ class Cache:
         for layer, rows, whole in zip(self.layers, *held, strict=True):
             layer.restore(Held(rows, whole), end)
 
+    def join(self, other: "Cache") -> None:
+        """Hold another cache's sequences behind its own; the other one is used up.
+
+        Neither has a block that waits for its commit, and both have the same layers.
+        """
+        self.reserve(other.capacity)
+        other.reserve(self.capacity)
+        sizes = self.position.size, other.position.size
+        self.position = mx.concatenate([self.position, other.position])
+        for layer, added in zip(self.layers, other.layers, strict=True):
+            layer.join(added, sizes)
+            added.bind([])
+            mx.eval(layer.arrays())  # so that no more than one layer is in memory twice
+
+    def select(self, rows: list[int]) -> "Cache":
+        """A cache of its own for these of its sequences; nothing waits for its commit."""
+        chosen = copy(self)
+        chosen.position = self.position[mx.array(rows)]
+        chosen.layers = []
+        for layer in self.layers:
+            chosen.layers.append(layer.select(rows))
+            mx.eval(chosen.layers[-1].arrays())
+        return chosen
+
     @property
     def nbytes(self) -> int:
         """Bytes held by the buffers, empty capacity included."""
@@ -191,6 +216,14 @@ class KeyValueCache(ABC):
 
     def bind(self, arrays: list[mx.array]) -> None:
         self._buffers.held = arrays
+
+    def join(self, other: LayerCache, sizes: tuple[int, int]) -> None:
+        self.bind(stacked(self.arrays(), other.arrays(), sizes))
+
+    def select(self, rows: list[int]) -> Self:
+        chosen = copy(self)
+        chosen._buffers = replace(self._buffers, held=taken(self.arrays(), rows))
+        return chosen
 
     @abstractmethod
     def snapshot(self, start: int, end: int) -> Held:
@@ -421,12 +454,36 @@ class RecurrentCache:
         self._tail, self._state, *block = arrays or (None, None)
         self._block = _Recurrence(*block) if block else None
 
+    def join(self, other: LayerCache, sizes: tuple[int, int]) -> None:
+        self.bind(stacked(self.arrays(), other.arrays(), sizes))
+
+    def select(self, rows: list[int]) -> "RecurrentCache":
+        chosen = copy(self)
+        chosen.bind(taken(self.arrays(), rows))
+        return chosen
+
     def snapshot(self, start: int, end: int) -> Held:
         """Tail and state themselves: they are replaced and never written, so nobody needs a copy."""
         return Held([], self.arrays()[:2])
 
     def restore(self, held: Held, end: int) -> None:
         self.bind(held.whole)
+
+
+def stacked(ours: list[mx.array], theirs: list[mx.array], sizes: tuple[int, int]) -> list[mx.array]:
+    """Arrays of two batches of such sizes in one piece each; who holds nothing yet gets zeros, which nobody sees."""
+    ours = ours or [_blank(array, sizes[0]) for array in theirs]
+    theirs = theirs or [_blank(array, sizes[1]) for array in ours]
+    return [mx.concatenate([one, other]) for one, other in zip(ours, theirs, strict=True)]
+
+
+def taken(arrays: list[mx.array], rows: list[int]) -> list[mx.array]:
+    """Copies of some rows of arrays (B, *). Never a slice: that can be a view, which would keep all of it alive."""
+    return [mx.take(array, mx.array(rows), axis=0) for array in arrays]
+
+
+def _blank(array: mx.array, size: int) -> mx.array:
+    return mx.zeros((size, *array.shape[1:]), array.dtype)
 
 
 def _gated_delta(

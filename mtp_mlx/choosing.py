@@ -41,11 +41,22 @@ class Rules:
         return self.penalties.reach
 
 
-class Context(NamedTuple):
-    """What a choice depends on beside the logits."""
+class Group(NamedTuple):
+    """Rows of a batch for which the same rules hold."""
 
-    seed: mx.array  # (B,) uint32
-    recent: mx.array  # (B, reach) int32, the tokens before the newest one; -1 before the text begins
+    rules: Rules
+    rows: tuple[int, ...]
+
+    def of(self, array: mx.array) -> mx.array:
+        """Its rows of an array (B, *)."""
+        return array if len(self.rows) == array.shape[0] else array[mx.array(self.rows)]
+
+
+class Context(NamedTuple):
+    """What the choices of a group depend on beside the logits."""
+
+    seed: mx.array  # (G,) uint32
+    recent: mx.array  # (G, reach) int32, the tokens before the newest one; -1 before the text begins
 
 
 class Picker:
@@ -83,6 +94,46 @@ class Picker:
         return Draft(self._block[:, 1:], mx.concatenate(self._laws, axis=1) if self._laws else None)
 
 
+class Pickers:
+    """A picker for every group of a batch, as one."""
+
+    def __init__(
+        self,
+        groups: Sequence[Group],
+        contexts: Sequence[Context],
+        last: mx.array,
+        position: mx.array,
+        k: int,
+        vocabulary: int,
+    ):
+        self._groups = groups
+        self._pickers = [
+            Picker(group.rules, Context(*context), group.of(last), group.of(position), k, vocabulary)
+            for group, context in zip(groups, contexts, strict=True)
+        ]
+        order = [row for group in groups for row in group.rows]
+        self._places = mx.array([order.index(row) for row in range(len(order))])
+
+    def __call__(self, logits: mx.array, ids: mx.array | None = None) -> mx.array:
+        parts = [
+            pick(group.of(logits), None if ids is None else group.of(ids))
+            for group, pick in zip(self._groups, self._pickers, strict=True)
+        ]
+        return self._in_order(parts)
+
+    def tokens(self) -> mx.array:
+        """All that has been picked, (B, k)."""
+        return self._in_order([pick.draft().tokens for pick in self._pickers])
+
+    def laws(self) -> list[list[mx.array]]:
+        """What each group's tokens were drawn from, (G, k, V), or nothing where they were not drawn by chance."""
+        laws = [pick.draft().logprobs for pick in self._pickers]
+        return [[] if law is None else [law] for law in laws]
+
+    def _in_order(self, parts: list[mx.array]) -> mx.array:
+        return parts[0] if len(parts) == 1 else mx.concatenate(parts)[self._places]
+
+
 def _spread(logits: mx.array, ids: mx.array, vocabulary: int) -> mx.array:
     """Scores of candidates as a row over the whole vocabulary."""
     nowhere = mx.full((*logits.shape[:-1], vocabulary), -mx.inf, logits.dtype)
@@ -115,7 +166,7 @@ def verdict(
     logits: mx.array,
     masks: mx.array | None = None,
 ) -> tuple[mx.array, mx.array]:
-    """The host's report, (2 + 1 + k+1,) int32, and log-probabilities (B, k+1, V), for logits (B, k+1, V).
+    """The host's report, (B, 2 + 1 + k+1) int32, and log-probabilities (B, k+1, V), for logits (B, k+1, V).
 
     Masks come behind penalties, which may change what is forbidden, and before filters, which have to see what is left.
     """
@@ -124,16 +175,19 @@ def verdict(
     kept = accept(draft, logprobs, keys(context.seed, start[:, None] + 1 + mx.arange(rows)), rules.sampler)
     # Rows after the first wrong draft continue a text that nobody wrote; their logits may be as they like.
     finite = mx.isfinite(mx.take_along_axis(logprobs, kept.tokens[..., None], axis=-1))[..., 0]
-    sound = (finite | (mx.arange(rows) > kept.count[:, None])).all()
-    likely = (mx.argmax(logprobs[:, :1], axis=-1) == draft.tokens[:, :1]).any()
-    flags = mx.stack([sound, likely]).astype(mx.int32)
-    return mx.concatenate([flags, kept.count, kept.tokens[0]]), logprobs
+    sound = (finite | (mx.arange(rows) > kept.count[:, None])).all(axis=-1)
+    likely = (mx.argmax(logprobs[:, :1], axis=-1) == draft.tokens[:, :1]).any(axis=-1)
+    flags = mx.stack([sound, likely, kept.count], axis=-1).astype(mx.int32)
+    return mx.concatenate([flags, kept.tokens], axis=-1), logprobs
 
 
-def read(report: mx.array, logprobs: mx.array) -> Choice:
-    """What the host makes of `verdict`: the one read of a round."""
-    sound, likely, count, *tokens = cast(list[int], report.tolist())
-    return Choice(tokens[: count + 1], bool(likely), bool(sound), logprobs[0])
+def read(report: mx.array, logprobs: mx.array) -> list[Choice]:
+    """What the host makes of `verdict`, a choice for every row: the one read of a round."""
+    rows = cast(list[list[int]], report.tolist())
+    return [
+        Choice(tokens[: count + 1], bool(likely), bool(sound), logprobs[row])
+        for row, (sound, likely, count, *tokens) in enumerate(rows)
+    ]
 
 
 @dataclass(frozen=True)
@@ -159,11 +213,13 @@ class Callables:
     ) -> Choice:
         """Choose for the rows of logits (k+1, V) that follow `text`, as long as the choice equals the draft.
 
+        Tokens of the text that nobody knows, -1, are not shown to processors.
+
         `masks` (k+1, V / 32 or more) are of tokens that a grammar allows, whatever processors made of them.
         """
         rows: list[mx.array] = []
         tokens: list[int] = []
-        so_far = mx.array(text, mx.int32)
+        so_far = mx.array([token for token in text if token >= 0], mx.int32)
         for j, drafted in enumerate([*draft, None]):
             row = logits[j : j + 1]
             for processor in self.processors:

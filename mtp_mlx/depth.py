@@ -64,8 +64,8 @@ class Depth(Protocol):
         """
         ...
 
-    def observe(self, outcome: Outcome) -> None:
-        """Learn of a round, whether it was as chosen or not."""
+    def observe(self, *outcomes: Outcome) -> None:
+        """Learn of a round, whether it was as chosen or not: what came of it for each text that it was of."""
         ...
 
     def spare(self) -> bool:
@@ -98,7 +98,7 @@ class Fixed:
         drafts = wanted if most is None else min(wanted, most)
         return Choice(drafts, copied=copy > 0 < drafts)
 
-    def observe(self, outcome: Outcome) -> None:
+    def observe(self, *outcomes: Outcome) -> None:
         """Nothing to learn."""
 
     def spare(self) -> bool:
@@ -170,33 +170,35 @@ class Adaptive:
         affordable = self._affords(time - self.copies.tokens(size) / self.rate(self.k))
         return not known and at_best > self.copy_rate(best) and affordable
 
-    def observe(self, outcome: Outcome) -> None:
-        drafted, copied, accepted, _, seconds = outcome
+    def observe(self, *outcomes: Outcome) -> None:
+        drafted, copied, _, _, seconds = outcomes[0]
+        accepted = [outcome.accepted for outcome in outcomes]
         self.costs.add(drafted, copied, seconds)
-        self._charge(outcome)
+        self._charge(drafted, copied, sum(accepted) / len(accepted))
         self.copies.pass_by()
         if copied:
-            self.copies.observe(drafted, accepted)
+            for right in accepted:
+                self.copies.observe(drafted, right)
         else:
             self._learn(drafted, accepted)
             self._proceed(drafted)
 
-    def _charge(self, outcome: Outcome) -> None:
+    def _charge(self, drafted: int, copied: bool, accepted: float) -> None:
         """Book a round. What it took above its rows one by one was compilation: paid once, and no trial's loss."""
         if not self.costs.known(0):
             return
-        drafted, copied, accepted = outcome[:3]
         time = min(self.costs.time(drafted, copied), (drafted + 1) * self.costs.time(0))
         in_use = drafted == self.k and not copied
         self.budget.add(time, 0.0 if in_use else time - (accepted + 1) / self.rate(self.k))
 
-    def _learn(self, drafted: int, accepted: int) -> None:
+    def _learn(self, drafted: int, accepted: list[int]) -> None:
         self.since_probe += 1
         self.since_drafts += 1
         if drafted:
             if self.since_drafts > PROBE_AFTER:
                 self.drafts.remember(REMEMBERED)
-            self.drafts.observe(drafted, accepted)
+            for right in accepted:
+                self.drafts.observe(drafted, right)
             self.since_drafts = 0
 
     def _proceed(self, drafted: int) -> None:
@@ -354,10 +356,11 @@ class Checked:
         overruled = suspect and not choice.drafts and most != 0 and self.policy.spare()
         return Choice(1) if overruled else choice
 
-    def observe(self, outcome: Outcome) -> None:
-        if outcome.drafted and not outcome.copied and self.rounds < CHECK_ROUNDS:
-            self.rounds, self.hits = self.rounds + 1, self.hits + outcome.likely
-        self.policy.observe(outcome)
+    def observe(self, *outcomes: Outcome) -> None:
+        for outcome in outcomes:
+            if outcome.drafted and not outcome.copied and self.rounds < CHECK_ROUNDS:
+                self.rounds, self.hits = self.rounds + 1, self.hits + outcome.likely
+        self.policy.observe(*outcomes)
 
     def spare(self) -> bool:
         return not self.alarm and self.policy.spare()

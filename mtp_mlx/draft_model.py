@@ -9,8 +9,8 @@ from typing import Any, cast
 
 import mlx.core as mx
 
-from mtp_mlx.cache import MAX_BLOCK, Cache, RecurrentCache
-from mtp_mlx.types import Held, Pick, Span, State, Target
+from mtp_mlx.cache import MAX_BLOCK, Cache, RecurrentCache, taken
+from mtp_mlx.types import Held, LayerCache, Pick, Span, State, Target
 
 
 class Aside:
@@ -39,6 +39,19 @@ class Aside:
         held, unread = arrays
         self.cache.bind(held)
         self._leave(unread)
+
+    def join(self, other: LayerCache, sizes: tuple[int, int]) -> None:
+        assert isinstance(other, Aside)
+        length = max(_length(self.unread), _length(other.unread))
+        if length:
+            ours, theirs = _padded(self.unread, sizes[0], length), _padded(other.unread, sizes[1], length)
+            self.unread = mx.concatenate([ours[0], theirs[0]]), mx.concatenate([ours[1], theirs[1]])
+        self.cache.join(other.cache)
+
+    def select(self, rows: list[int]) -> "Aside":
+        chosen = Aside(self.cache.select(rows))
+        chosen._leave(taken(list(self.unread or ()), rows))
+        return chosen
 
     def snapshot(self, start: int, end: int) -> Held:
         """The draft model's own, up to where it has read, and the block that it has not read."""
@@ -132,6 +145,18 @@ def _joined(unread: tuple[mx.array, mx.array] | None, token: mx.array) -> tuple[
     kept = count + 1
     rows = mx.concatenate([tokens, token], axis=1)
     return mx.where(mx.arange(rows.shape[1]) == kept[:, None], token, rows), kept
+
+
+def _length(unread: tuple[mx.array, mx.array] | None) -> int:
+    return unread[0].shape[1] if unread else 0
+
+
+def _padded(unread: tuple[mx.array, mx.array] | None, size: int, length: int) -> tuple[mx.array, mx.array]:
+    """An unread block of `length` rows; what is added is not kept, nor is anything of a block that was not there."""
+    if unread is None:
+        return mx.zeros((size, length), mx.int32), mx.full((size,), -1, mx.int32)
+    tokens, count = unread
+    return mx.pad(tokens, [(0, 0), (0, length - tokens.shape[1])]), count
 
 
 def _aside(cache: Cache) -> Aside:

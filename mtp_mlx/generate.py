@@ -12,7 +12,7 @@ from mtp_mlx.cache import QuantisedCache
 from mtp_mlx.choosing import Drafts
 from mtp_mlx.draft_model import DraftModel
 from mtp_mlx.errors import RequestError
-from mtp_mlx.generation import Progress, Response, check_lengths, encode, generation, wired
+from mtp_mlx.generation import Progress, Response, check_lengths, encode, generation, solo, wired
 from mtp_mlx.model import Model
 from mtp_mlx.options import DEFAULT_MAX_TOKENS, DEFAULT_PREFILL_STEP, Options, Prompt
 from mtp_mlx.penalties import Penalties
@@ -98,15 +98,8 @@ def stream_generate(
     cache = None if prompt_cache is None else PromptCache(pair, prompt_cache)
     storage = _Storage(kv_bits, kv_group_size, quantized_kv_start, max_kv_size, input_embeddings is not None)
     pair = storage.applied(pair, cache, len(ids), options.max_tokens)
-    with wired(), closing(_on(stream, generation(pair, words, ids, options, cache))) as events:
-        for event in events:
-            if isinstance(event, list):
-                yield from cache.hand_out(event) if cache else event
-                continue
-            if prompt_progress_callback:
-                prompt_progress_callback(event.done, event.total)
-            if prefill and event.done == event.total:
-                return
+    with wired(), closing(_on(stream, solo(generation(pair, words, ids, options, cache)))) as events:
+        yield from _given(events, cache, prompt_progress_callback, prefill)
 
 
 def generate_step(
@@ -148,6 +141,20 @@ def _figures(last: Response) -> str:
         f"Generation: {last.generation_tokens} tokens, {last.generation_tps:.3f} tokens-per-sec\n"
         f"Peak memory: {last.peak_memory:.3f} GB"
     )
+
+
+def _given(
+    events: Iterable[Event], cache: PromptCache | None, progress: Callable[[int, int], object] | None, prefill: bool
+) -> Generator[Response, None, None]:
+    """The responses among what happens to a text; none of them where only its prompt is to be read."""
+    for event in events:
+        if isinstance(event, list):
+            yield from cache.hand_out(event) if cache else event
+            continue
+        if progress:
+            progress(event.done, event.total)
+        if prefill and event.done == event.total:
+            return
 
 
 class _NoText:

@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple, cast
@@ -24,7 +24,7 @@ from mtp_mlx.penalties import Penalties
 from mtp_mlx.prefixes import Prefixes
 from mtp_mlx.programs import compiles
 from mtp_mlx.prompt_cache import PromptCache
-from mtp_mlx.rounds import Round, rounds
+from mtp_mlx.rounds import Round, Sequence, next_round
 from mtp_mlx.sampling import Greedy, Sample, Sampler, check_seed
 from mtp_mlx.stats import Memory, Stats
 from mtp_mlx.types import Drafter, Pair
@@ -55,6 +55,69 @@ class Progress(NamedTuple):
     cached: int = 0  # of it, what had been read before
 
 
+class Writing:
+    """A text whose prompt has been read: it wants rounds, and makes responses of what they bring."""
+
+    def __init__(
+        self,
+        sequence: Sequence,
+        policy: Depth,
+        stats: Stats,
+        emitter: "_Emitter",
+        options: Options,
+        copies: Copies | None,
+    ):
+        self.sequence, self.options, self.copies = sequence, options, copies
+        self._policy, self._stats, self._emitter = policy, stats, emitter
+
+    def begin(self, seconds: float) -> None:
+        """The first round is there, so many seconds after the request."""
+        self._stats = replace(self._stats, ttft_seconds=seconds)
+
+    @property
+    def left(self) -> int:
+        """How many tokens may still come."""
+        return self._emitter.budget - self._emitter.emitted
+
+    @property
+    def finished(self) -> bool:
+        return self._emitter.finished
+
+    def round(self) -> "Turn":
+        """A round of the text alone."""
+        (result,) = next_round(self.sequence.batch, self._policy, self.left, [self.copies])
+        return self.cut(result, self._policy)
+
+    def cut(self, result: Round | Exception, depth: Depth) -> "Turn":
+        """The round up to a stop. Before any text leaves the batch, this is done for all."""
+        if isinstance(result, Round):
+            result = self._emitter.until_stop(result)
+            self.sequence.keep(len(result.tokens))
+        return Turn(result, depth)
+
+    def take(self, turn: "Turn") -> list[Response]:
+        """What a round has brought. Raises what went wrong in it."""
+        if isinstance(turn.result, Exception):
+            raise turn.result
+        result = turn.result
+        warned = self._stats.alarm
+        self._stats = self._stats.after(result, turn.depth, self.sequence.nbytes, mx.get_peak_memory())
+        if self._stats.alarm and not warned:
+            _log.warning(self._stats.alarm)
+        return list(self._emitter.responses(result, self._stats))
+
+
+class Turn(NamedTuple):
+    """What a round has brought to a text, up to a stop."""
+
+    result: Round | Exception
+    depth: Depth  # who chose how deep it was
+
+
+Slice = Progress | Writing | list[Response]
+Generation = Generator[Slice, Turn | None, None]
+
+
 def generation(
     pair: Pair,
     tokenizer: TokenizerWrapper,
@@ -62,11 +125,12 @@ def generation(
     options: Options,
     prefixes: Prefixes | PromptCache | None = None,
     marks: Iterable[int] = (),
-) -> Generator[Progress | list[Response], None, None]:
+) -> Generation:
     """The text that follows a prompt, slice by slice. `options` are those of `mtp_mlx.stream_generate`.
 
-    What `prefixes`, of the same pair, have of the prompt is not read again, and what the text leaves is stored there;
-    `marks` are numbers of its tokens after which other prompts may differ.
+    Once the prompt has been read it gives a `Writing` and is sent the `Turn` that was run for it, for one round after
+    the other; `solo` does that. What `prefixes`, of the same pair, have of the prompt is not read again, and what the
+    text leaves is stored there; `marks` are numbers of its tokens after which other prompts may differ.
     """
     began = time.perf_counter()
     ids = encode(tokenizer, prompt)
@@ -74,9 +138,8 @@ def generation(
     running = pair if prefixes or options.depth != 0 else replace(pair, drafter=NOBODY)
     prefixes = prefixes or Prefixes(running, 0)
     admission = _admitted(running, ids, options, prefixes)
-    budget = admission.tokens
     copies = _copies(tokenizer, ids, options, pair.target.vocabulary)
-    seed = draw_seed() if options.seed is None else options.seed
+    seed = _seed(options)
     chooser = _chooser(pair, tokenizer, options)
     mx.reset_peak_memory()
     with _policy(pair, options) as policy, prefixes.open(ids, chooser, seed, admission.promised) as text:
@@ -87,20 +150,33 @@ def generation(
             yield Progress(done, len(ids), text.cached)
         memory = Memory(target=pair.target.nbytes, drafter=pair.drafter.nbytes)
         stats = Stats(len(ids), text.cached, memory=memory, compiled=compiles())
-        emitter = _Emitter(tokenizer, options.stops, budget)
-        for whole in rounds(text.sequence, policy, budget, copies):
-            if not stats.rounds:
-                stats = replace(stats, ttft_seconds=time.perf_counter() - began)
-                yield Progress(len(ids), len(ids), text.cached)
-            result = emitter.until_stop(whole)
-            text.sequence.keep(len(result.tokens))
-            warned = stats.alarm
-            stats = stats.after(result, policy, text.sequence.cache.nbytes, mx.get_peak_memory())
-            if stats.alarm and not warned:
-                _log.warning(stats.alarm)
-            yield list(emitter.responses(result, stats))
-            if emitter.finished:
+        emitter = _Emitter(tokenizer, options.stops, admission.tokens)
+        writing = Writing(text.sequence, policy, stats, emitter, options, copies)
+        try:
+            turn = yield writing
+            writing.begin(time.perf_counter() - began)
+            yield Progress(len(ids), len(ids), text.cached)
+            while not writing.finished:
+                assert turn is not None, "a text that wants a round was given none"
+                yield writing.take(turn)
+                if not writing.finished:
+                    turn = yield writing
+        finally:
+            text.sequence.batch.release([text.sequence])  # what it leaves is stored from there
+
+
+def solo(text: Generation) -> Generator[Progress | list[Response], None, None]:
+    """A text that no other is written beside: its own rounds, one after the other."""
+    turn: Turn | None = None
+    with closing(text):
+        while True:
+            try:
+                event = text.send(turn)
+            except StopIteration:
                 return
+            turn = event.round() if isinstance(event, Writing) else None
+            if not isinstance(event, Writing):
+                yield event
 
 
 def _admitted(pair: Pair, ids: list[int], options: Options, prefixes: Prefixes | PromptCache) -> Admission:
@@ -111,12 +187,19 @@ def _admitted(pair: Pair, ids: list[int], options: Options, prefixes: Prefixes |
     check_tokens(ids, pair.target.vocabulary)
     if options.prefill_step_size < 1:
         raise RequestError(f"prefill step size {options.prefill_step_size} must be at least 1")
-    length = prefixes.offset + len(ids) if ids else 0
+    length = prefixes.offset + len(ids)
     allowed = check_lengths(length, options.max_tokens, pair.target.context)
     endless, evictable = options.max_tokens == -1, prefixes.evictable
     admission = admit(pair, length, allowed, endless=endless, evictable=evictable, claims=prefixes.claims)
     prefixes.release(admission.short)
     return admission
+
+
+def _seed(options: Options) -> int:
+    """The seed of a text. MLX's random state is left to samplers of mlx-lm's kind, which draw from it."""
+    if options.seed is not None:
+        return options.seed
+    return draw_seed() if isinstance(options.sampler, Sample) else 0
 
 
 def _copies(tokenizer: TokenizerWrapper, ids: list[int], options: Options, vocabulary: int) -> Copies | None:
@@ -216,7 +299,8 @@ class _Emitter:
         self.finished = False
 
     def until_stop(self, result: Round) -> Round:
-        """The round up to and including the first stop token."""
+        """The round up to and including the first stop token, or to the last token that may come."""
+        result = result.first(self.budget - self.emitted)
         for i, token in enumerate(result.tokens):
             if token in self.stops:
                 return result.first(i + 1)

@@ -99,7 +99,7 @@ class Prefixes:
     @property
     def claims(self) -> Claims:
         """Of the texts that are being read or written."""
-        held = [text.sequence.cache.nbytes for text in self._texts]
+        held = [text.sequence.nbytes for text in self._texts]
         due = [max(0, text.promised - nbytes) for text, nbytes in zip(self._texts, held, strict=True)]
         return Claims(sum(held), sum(due))
 

@@ -260,9 +260,7 @@ def _held(layer: LayerCache, cache: Any, end: int) -> Held:
 
 
 def _in_order(rows: mx.array, cache: Any) -> mx.array:
-    """The rows of a ring, the oldest first; of one that is not full yet, those in use."""
-    if cache.offset < rows.shape[2]:
-        return rows[:, :, : cache.offset]
+    """The rows of a ring, the oldest first; before them, in one that is not full yet, those that are not in use."""
     newest = cache._idx
     return mx.concatenate([rows[:, :, newest:], rows[:, :, :newest]], axis=2)
 

@@ -1,6 +1,7 @@
 """The one loop: draft -> verify -> accept -> commit -> advance, until nobody asks for more.
 
-Plain decoding is the same loop with nothing drafted. A round is built lazily and read once by the host.
+Plain decoding is the same loop with nothing drafted, and one text alone is a batch of one. A round is built lazily and
+read once by the host.
 """
 
 from collections.abc import Callable, Hashable, Iterator
@@ -9,14 +10,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import mlx.core as mx
 
 from mtp_mlx import steps
-from mtp_mlx.cache import MAX_BLOCK
-from mtp_mlx.choosing import Callables, Choice, Context, Rules, read
+from mtp_mlx.cache import MAX_BLOCK, Cache
+from mtp_mlx.choosing import Callables, Choice, Context, Group, Rules, read
 from mtp_mlx.clock import Clock, Times
 from mtp_mlx.copying import Copies
 from mtp_mlx.depth import Depth, Outcome
 from mtp_mlx.errors import MTPError, RequestError
 from mtp_mlx.programs import Step
-from mtp_mlx.types import Draft, Drafter, Pair, Span, Target
+from mtp_mlx.types import Drafter, Pair, Span, State, Target
 
 if TYPE_CHECKING:
     from mtp_mlx.grammar import GrammarState
@@ -32,7 +33,7 @@ SPLIT_EVERY = 8  # of the others, one in so many waits between draft and verify 
 
 
 class Round(NamedTuple):
-    """What one round brought."""
+    """What one round brought to one text."""
 
     tokens: list[int]  # the accepted drafts, then one token of the target's own
     drafted: int
@@ -40,7 +41,7 @@ class Round(NamedTuple):
     accepted: int
     likely: bool  # whether the first draft was the target's most probable token, whatever was drawn
     logprobs: mx.array  # (len(tokens) or more, V)
-    times: Times
+    times: Times  # of the round, which all texts of a batch share
 
     def first(self, n: int) -> "Round":
         """The round as if it had ended with its n-th token: a stop inside an accepted run."""
@@ -53,32 +54,330 @@ class _Block(NamedTuple):
     tokens: mx.array  # (B, L)
     hidden: mx.array  # (B, L, D)
     start: int | None  # where it stands, if it is a part of a prompt
-    kept: int  # how many of the rows are to be committed
+    kept: tuple[int, ...]  # how many of the rows of each text are to be committed
+
+
+class _Proposal(NamedTuple):
+    """Drafts for every text of a batch."""
+
+    tokens: mx.array  # (B, k)
+    laws: list[list[mx.array]]  # for each group what its own were drawn from, if they were drawn by chance
+
+
+class Batch:
+    """Texts that are read in one block each round: row b of every array belongs to text b.
+
+    It holds what is on the device: the target's cache and the drafter's state. The rows of the newest block are
+    committed when the next one is begun; until then `keep` can still cut it shorter, for every text apart.
+    """
+
+    def __init__(self, pair: Pair, sequences: "list[Sequence]", cache: Cache, state: State):
+        self.pair = pair
+        self.sequences = sequences
+        self.cache = cache
+        self.state = state
+        self.ready = False  # whether the drafter has been told of the token before the newest one
+        self.rounds = 0
+        self._block: _Block | None = None
+        self._untold: list[tuple[mx.array, mx.array]] = []  # tokens and hiddens that the drafter has yet to learn of
+
+    def join(self, other: "Batch") -> None:
+        """Take in the texts of another batch, which is used up. The drafter has been told of both, see `ready`."""
+        assert self.ready and other.ready, "a drafter that has not been told of a text cannot draft for it"
+        self.commit()
+        other.commit()
+        self.cache.join(other.cache)
+        self.state = tuple(mx.concatenate([ours, theirs]) for ours, theirs in zip(self.state, other.state, strict=True))
+        self.sequences += other.sequences
+        for sequence in other.sequences:
+            sequence.batch = self
+
+    def release(self, leaving: "list[Sequence]") -> None:
+        """Let texts go on by themselves, each in a batch of its own; the others stay."""
+        if len(self.sequences) == 1:
+            return
+        self.commit()
+        apart = [sequence for sequence in self.sequences if sequence in leaving]
+        for sequence in apart:
+            sequence.batch = self._of([sequence])
+        staying = [sequence for sequence in self.sequences if sequence not in leaving]
+        if staying:
+            rest = self._of(staying)
+            self.sequences, self.cache, self.state = staying, rest.cache, rest.state
+
+    def _of(self, sequences: "list[Sequence]") -> "Batch":
+        rows = [self.sequences.index(sequence) for sequence in sequences]
+        state = tuple(mx.take(array, mx.array(rows), axis=0) for array in self.state)
+        batch = Batch(self.pair, sequences, self.cache.select(rows), state)
+        batch.ready = self.ready
+        mx.eval(state)
+        return batch
+
+    def read(self, chunk: list[int], following: list[int]) -> None:
+        """Read a chunk of a prompt, which begins with the newest token of the only text, and keep it.
+
+        `following` is the same, one token ahead.
+        """
+        (sequence,) = self.sequences
+        start, tokens = sequence.length, mx.array(chunk, mx.int32)[None]  # (1, L)
+        output = self.pair.target(tokens, self.cache, Span(start, len(chunk)))
+        self.ready = self.pair.drafter.reads_prompt
+        self._block = _Block(tokens, output.hidden, start, (len(chunk),))
+        sequence.text = sequence.text + following  # here, so that reading can be broken off
+        self.commit()
+        mx.eval(self.cache.arrays(), self.state)
+        mx.clear_cache()
+
+    def round(self, drafts: int | list[list[int]], split: bool = False) -> list[Round | Exception]:
+        """Let the drafter propose so many tokens for every text, or propose these, and verify them.
+
+        What came of it for each text: an error is its own, and the others go on. `split` waits in between, so that
+        the phases can be timed.
+        """
+        clock = Clock(split)
+        self.rounds += 1
+        copied = not isinstance(drafts, int)
+        self.commit(tell=drafts != 0 and not copied)
+        clock.wait(self.cache.arrays(), self.state)
+
+        groups = self._groups()
+        proposal = self._propose(drafts, groups)
+        clock.wait(proposal, needed=self.pair.drafter.reads(self.cache) > COPIED and proposal.tokens.size > 0)
+
+        newest = mx.array([sequence.text[-1:] for sequence in self.sequences], mx.int32)
+        block = mx.concatenate([newest, proposal.tokens], axis=1)  # (B, k+1)
+        hidden, choices = self._verify(block, proposal, groups, clock)
+
+        taken = [sequence.take(choice) for sequence, choice in zip(self.sequences, choices, strict=True)]
+        kept = tuple(0 if isinstance(choice, Exception) else len(choice.tokens) for choice in taken)
+        if any(kept):
+            self._block, self.ready = _Block(block, hidden, None, kept), True
+        k, times = proposal.tokens.shape[1], clock.times()
+        return [
+            choice
+            if isinstance(choice, Exception)
+            else Round(choice.tokens, k, copied, len(choice.tokens) - 1, choice.likely, choice.logprobs, times)
+            for choice in taken
+        ]
+
+    def keep(self, sequence: "Sequence", n: int) -> int:
+        """Let the newest round of a text have ended with its n-th token; how many tokens have never been written."""
+        row, block = self.sequences.index(sequence), self._block
+        assert block is not None and 0 < n <= block.kept[row], f"the newest round has no token {n}"
+        self._block = block._replace(kept=(*block.kept[:row], n, *block.kept[row + 1 :]))
+        return block.kept[row] - n
+
+    def _groups(self) -> tuple[Group, ...]:
+        """The texts by their rules. One that the host has a say in is not chosen for together with others."""
+        rows: dict[Hashable, list[int]] = {}
+        for row, sequence in enumerate(self.sequences):
+            apart = row if isinstance(sequence.chooser, Callables) else -1 if sequence.bound else -2
+            rows.setdefault((sequence.chooser.rules, apart), []).append(row)
+        return tuple(Group(cast(tuple[Rules, int], key)[0], tuple(own)) for key, own in rows.items())
+
+    def _propose(self, drafts: int | list[list[int]], groups: tuple[Group, ...]) -> _Proposal:
+        k = drafts if isinstance(drafts, int) else len(drafts[0])
+        self.cache.reserve(max(sequence.length for sequence in self.sequences) + k + 1)
+        none: list[list[mx.array]] = [[] for _ in groups]
+        if not isinstance(drafts, int):
+            return _Proposal(mx.array(drafts, mx.int32), none)
+        if k == 0:
+            return _Proposal(mx.zeros((len(self.sequences), 0), mx.int32), none)
+        assert self.ready, "a drafter that has not been told of the text has nothing to draft from"
+        last = mx.array([sequence.text[-1] for sequence in self.sequences], mx.int32)
+        fixed = (k, groups, self.pair.target.vocabulary)
+        return _Proposal(*self._run(steps.propose, self.pair.drafter, fixed, self.state, last, self._contexts(groups)))
+
+    def _verify(
+        self, block: mx.array, proposal: _Proposal, groups: tuple[Group, ...], clock: Clock
+    ) -> tuple[mx.array, list[Choice | Exception]]:
+        """The hidden of every row, (B, k+1, D), and the target's choices; this is where the host waits and reads."""
+        if any(isinstance(sequence.chooser, Callables) or sequence.bound for sequence in self.sequences):
+            return self._verify_apart(block, proposal, groups, clock)
+        arrays = (block, proposal.laws, self._contexts(groups))
+        reports, hidden = self._run(steps.judge, self.pair.target, groups, *arrays)
+        clock.evaluate(reports, hidden, self.cache.arrays(), self.state)
+        return hidden, self._placed(groups, [list(read(*report)) for report in reports])
+
+    def _verify_apart(
+        self, block: mx.array, proposal: _Proposal, groups: tuple[Group, ...], clock: Clock
+    ) -> tuple[mx.array, list[Choice | Exception]]:
+        """The same where the host has a say in a choice: it looks at the drafts while the target reads them."""
+        mx.async_eval(proposal.tokens)  # by itself, or its end would be the target's
+        logits, hidden = self._run(steps.forward, self.pair.target, None, block)
+        held = hidden, self.cache.arrays(), self.state
+        masks = self._masks(proposal.tokens, (logits, held), clock)
+        contexts = self._contexts(groups)
+        decided: dict[int, Any] = {}  # group -> its report and log-probabilities
+        for i, group in enumerate(groups):
+            if not isinstance(self.sequences[group.rows[0]].chooser, Callables):
+                arrays = (logits, block, proposal.laws[i], contexts[i], _stacked(group, masks))
+                decided[i] = self._run(steps.decide, self.pair.target, group, *arrays)
+        clock.evaluate(list(decided.values()), logits, block, held)
+        choices: list[list[Choice | Exception]] = [
+            list(read(*decided[i])) if i in decided else [self._asked(group.rows[0], block, logits, masks)]
+            for i, group in enumerate(groups)
+        ]
+        placed = self._placed(groups, choices)
+        return hidden, [
+            mask if isinstance(mask := masks.get(row), Exception) else choice for row, choice in enumerate(placed)
+        ]
+
+    def _asked(self, row: int, block: mx.array, logits: mx.array, masks: "_Masks") -> Choice | Exception:
+        """What callables choose for a text."""
+        sequence, mask = self.sequences[row], masks.get(row)
+        assert isinstance(sequence.chooser, Callables)
+        if isinstance(mask, Exception):
+            return mask
+        drafted = cast(list[int], block[row, 1:].tolist())
+        seed = mx.array([sequence.seed], mx.uint32)
+        try:
+            return sequence.chooser.choose(seed, sequence.text, drafted, logits[row], mask)
+        except Exception as error:  # whoever wrote them, the other texts go on
+            return error
+
+    def _placed(self, groups: tuple[Group, ...], choices: list[list[Choice | Exception]]) -> list[Choice | Exception]:
+        """What was chosen for the rows of each group, in the order of the texts."""
+        placed = {
+            row: one
+            for group, own in zip(groups, choices, strict=True)
+            for row, one in zip(group.rows, own, strict=True)
+        }
+        return [placed[row] for row in range(len(self.sequences))]
+
+    def _masks(self, drafts: mx.array, pending: Any, clock: Clock) -> "_Masks":
+        """What grammars allow at every row of the texts that have one, while the device works on `pending`."""
+        bound = [(row, sequence.grammar) for row, sequence in enumerate(self.sequences) if sequence.bound]
+        if not bound:
+            return {}
+        mx.async_eval(pending)
+        clock.pause(drafts)
+        drafted = cast(list[list[int]], drafts.tolist())
+        return {row: _mask(grammar, drafted[row]) for row, grammar in bound if grammar is not None}
+
+    def commit(self, tell: bool = True) -> None:
+        """Keep what is right of the newest block, in the target's cache and in the drafter's state.
+
+        A drafter that is not asked next is told later, of many rows at once: plain decoding must not pay for it.
+        """
+        if self._block is not None:
+            tokens, hidden, start, kept = self._block
+            even = len(set(kept)) == 1  # of rows that are kept unevenly it is told at once
+            later = self.ready and even and bool(self._untold or not tell)
+            if not even:
+                self._catch_up()
+            fixed = (set(kept) == {tokens.shape[1]}, self.ready and not later, start)
+            arrays = (self.state, tokens, hidden, mx.array(kept, mx.int32))
+            if start is None:
+                state = self._run(steps.keep, self.pair.drafter, fixed, *arrays)
+            else:  # a prompt is read once, nothing of it would ever be replayed
+                state = steps.keep(self.pair.drafter, self.cache, fixed, *arrays)
+            self.state, self._block = tuple(state), None
+            if later and self.pair.drafter.limit:
+                self._untold.append((tokens[:, : kept[0]], hidden[:, : kept[0]]))
+        if self._untold and (tell or len(self._untold) >= UNTOLD):
+            self._catch_up()
+
+    def _catch_up(self) -> None:
+        """Tell the drafter of the rows that it has not been told of, the last that have been committed."""
+        if not self._untold:
+            return
+        tokens = mx.concatenate([tokens for tokens, _ in self._untold], axis=1)
+        hidden = mx.concatenate([hidden for _, hidden in self._untold], axis=1)
+        rows, texts = tokens.shape[1], len(self.sequences)
+        # Where a text stands the host knows if there is one. Several are told as in a round, of a block at a time.
+        first = self.sequences[0].length - rows if texts == 1 else self.cache.position - rows
+        step = rows if texts == 1 else MAX_BLOCK
+        for begin in range(0, rows, step):
+            end = min(begin + step, rows)
+            last = mx.array([end - begin - 1] * texts)
+            told = tokens[:, begin:end], Span(first + begin, end - begin), hidden[:, begin:end], last
+            self.state = self.pair.drafter.advance(self.state, self.cache, *told)
+        self._untold = []
+
+    def _run(self, step: Step, model: Target | Drafter, fixed: Hashable, *arrays: Any) -> Any:
+        return self.pair.programs.run(step, model, self.cache, fixed, *arrays)
+
+    def _contexts(self, groups: tuple[Group, ...]) -> list[Context]:
+        return [self._context(group) for group in groups]
+
+    def _context(self, group: Group) -> Context:
+        own = [self.sequences[row] for row in group.rows]
+        seeds = mx.array([sequence.seed for sequence in own], mx.uint32)
+        return Context(seeds, mx.array([sequence.recent(group.rules.reach) for sequence in own], mx.int32))
+
+
+_Masks = dict[int, mx.array | Exception | None]  # by row (k+1, V / 32 or more) uint32, or why nothing can follow
+
+
+def _mask(grammar: "GrammarState", drafts: list[int]) -> mx.array | Exception | None:
+    """Which tokens a grammar allows after each draft; None: all."""
+    try:
+        mask = grammar.masks(drafts)
+    except RequestError as error:
+        return error
+    return None if mask is None else mask[0]
+
+
+def _stacked(group: Group, masks: _Masks) -> list[mx.array]:
+    """The masks of a group, (G, k+1, V / 32 or more); empty where all tokens are allowed."""
+    own = [masks.get(row) for row in group.rows]
+    known = next((mask for mask in own if isinstance(mask, mx.array)), None)
+    if known is None:
+        return []
+    free = mx.full(known.shape, 2**32 - 1, mx.uint32)
+    return [mx.stack([mask if isinstance(mask, mx.array) else free for mask in own])]
 
 
 class Sequence:
-    """One sequence being decoded: the target's cache, the drafter's state, and the text so far.
+    """One text: what it says so far and how its tokens are chosen. What the device holds of it lies in its batch.
 
-    The newest token is the only one that no block has read yet. The rows of the newest block are committed when the
-    next one is begun; until then `keep` can still cut it shorter.
+    The newest token is the only one that no block has read yet.
     """
 
     def __init__(self, pair: Pair, chooser: Rules | Callables, seed: int = 0):
-        self.pair = pair
         self.chooser = chooser
-        self.seed = mx.array([seed], mx.uint32)
-        self.cache = pair.make_cache()
-        self.state = pair.drafter.start(self.cache)
-        self.text: list[int] = []
+        self.seed = seed
+        self.text: list[int] = []  # -1 for a token of which only the cache knows
         self.grammar: GrammarState | None = None  # what the next text has to be; set before its first round
-        self.ready = False  # whether the drafter has been told of the token before the newest one
-        self._block: _Block | None = None
-        self._untold: list[tuple[mx.array, mx.array]] = []  # tokens and hiddens that the drafter has yet to learn of
+        cache = pair.make_cache()
+        self.batch = Batch(pair, [self], cache, pair.drafter.start(cache))
 
     @property
     def length(self) -> int:
         """Tokens before the newest one, all of them read."""
         return len(self.text) - 1
+
+    @property
+    def bound(self) -> bool:
+        """Whether a grammar decides which tokens may come."""
+        return self.grammar is not None and not self.grammar.free
+
+    @property
+    def pair(self) -> Pair:
+        return self.batch.pair
+
+    @property
+    def cache(self) -> Cache:
+        return self._alone.cache
+
+    @property
+    def state(self) -> State:
+        return self._alone.state
+
+    @property
+    def ready(self) -> bool:
+        return self.batch.ready
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its part of the buffers, empty capacity included."""
+        return self.batch.cache.nbytes // len(self.batch.sequences)
+
+    @property
+    def _alone(self) -> Batch:
+        assert self.batch.sequences == [self], "what it holds lies beside others in a batch"
+        return self.batch
 
     def prefill(self, prompt: list[int], step: int, progress: Progress) -> None:
         """Read a prompt, or what follows in a conversation, up to its last token, which the first round will read.
@@ -93,104 +392,50 @@ class Sequence:
 
         Who stops asking leaves a sequence that goes on from there.
         """
-        self.commit()
+        self._alone.commit()
         unread = self.text[-1:] + prompt
         self.text = self.text or prompt[:1]
         self.cache.reserve(self.length + len(unread))
         yield 0
         for begin in range(0, len(unread) - 1, step):
             chunk = unread[begin : min(begin + step, len(unread) - 1)]
-            tokens = mx.array(chunk, mx.int32)[None]  # (1, L)
-            output = self.pair.target(tokens, self.cache, Span(self.length, len(chunk)))
-            self.ready = self.pair.drafter.reads_prompt
-            self._block = _Block(tokens, output.hidden, self.length, len(chunk))
-            self.text = self.text + unread[begin + 1 : begin + 1 + len(chunk)]  # so that reading can be broken off
-            self.commit()
-            mx.eval(self.cache.arrays(), self.state)
-            mx.clear_cache()
+            self._alone.read(chunk, unread[begin + 1 : begin + 1 + len(chunk)])
             yield begin + len(chunk)
 
     def round(self, drafts: int | list[int], split: bool = False) -> Round:
-        """Let the drafter propose so many tokens, or propose these, and verify them.
-
-        `split` waits in between, so that the phases can be timed.
-        """
+        """A round of a text that is alone, see `Batch.round`. Raises what went wrong."""
         assert self.text, "a prompt comes first"
-        clock = Clock(split)
-        self.commit(tell=drafts != 0 and isinstance(drafts, int))
-        clock.wait(self.cache.arrays(), self.state)
-
-        draft = self._draft(drafts)  # (B, k)
-        clock.wait(draft, needed=self.pair.drafter.reads(self.cache) > COPIED and draft.tokens.size > 0)
-
-        block = mx.concatenate([mx.array([self.text[-1:]], mx.int32), draft.tokens], axis=1)  # (B, k+1)
-        hidden, choice = self._verify(block, draft, clock)
-
-        if not choice.sound:
-            raise self._unsound()
-        if self.grammar is not None:
-            self.grammar.advance(choice.tokens)
-        kept, k = len(choice.tokens), draft.tokens.shape[1]
-        self._block = _Block(block, hidden, None, kept)
-        self.text += choice.tokens
-        self.ready = True
-        copied = not isinstance(drafts, int)
-        return Round(choice.tokens, k, copied, kept - 1, choice.likely, choice.logprobs, clock.times())
+        (result,) = self._alone.round(drafts if isinstance(drafts, int) else [drafts], split)
+        if isinstance(result, Exception):
+            raise result
+        return result
 
     def keep(self, n: int) -> None:
         """Let the newest round have ended with its n-th token; those after it have never been written."""
-        assert self._block is not None and 0 < n <= self._block.kept, f"the newest round has no token {n}"
-        del self.text[len(self.text) - (self._block.kept - n) :]
-        self._block = self._block._replace(kept=n)
+        del self.text[len(self.text) - self.batch.keep(self, n) :]
 
-    def _draft(self, drafts: int | list[int]) -> Draft:
-        if not isinstance(drafts, int):
-            self.cache.reserve(self.length + len(drafts) + 1)
-            return Draft(mx.array([drafts], mx.int32))
-        self.cache.reserve(self.length + drafts + 1)
-        if drafts == 0:
-            return Draft(mx.zeros((1, 0), mx.int32))
-        assert self.ready, "a drafter that has not been told of the text has nothing to draft from"
-        last = mx.array(self.text[-1:], mx.int32)
-        fixed = (drafts, self.chooser.rules, self.pair.target.vocabulary)
-        return Draft(*self._run(steps.propose, self.pair.drafter, fixed, self.state, last, self._context()))
+    def commit(self) -> None:
+        """Keep what is right of the newest round for good, and let the drafter know."""
+        self.batch.commit()
 
-    def _verify(self, block: mx.array, draft: Draft, clock: Clock) -> tuple[mx.array, Choice]:
-        """The hidden of every row, (B, k+1, D), and the target's choice; this is where the host waits and reads."""
-        bound = self.grammar is not None and not self.grammar.free
-        if isinstance(self.chooser, Callables) or bound:
-            return self._verify_apart(block, draft, clock)
-        laws = [] if draft.logprobs is None else [draft.logprobs]
-        report, logprobs, hidden = self._run(steps.judge, self.pair.target, self.chooser, block, laws, self._context())
-        clock.evaluate(report, logprobs, hidden, self.cache.arrays(), self.state)
-        return hidden, read(report, logprobs)
+    def recent(self, reach: int) -> list[int]:
+        """So many tokens before the newest one; -1 before the text begins."""
+        known = self.text[max(0, self.length - reach) : self.length]
+        return [-1] * (reach - len(known)) + known
 
-    def _verify_apart(self, block: mx.array, draft: Draft, clock: Clock) -> tuple[mx.array, Choice]:
-        """The same where the host has a say in the choice: it looks at the drafts while the target reads them."""
-        mx.async_eval(draft.tokens)  # by itself, or its end would be the target's
-        logits, hidden = self._run(steps.forward, self.pair.target, None, block)
-        masks = self._masks(draft.tokens, (logits, hidden, self.cache.arrays(), self.state), clock)
-        if isinstance(self.chooser, Callables):
-            clock.evaluate(logits, hidden, draft.tokens, self.cache.arrays(), self.state)
-            drafted = cast(list[int], draft.tokens[0].tolist())
-            rows = None if masks is None else masks[0]
-            return hidden, self.chooser.choose(self.seed, self.text, drafted, logits[0], rows)
-        laws = [] if draft.logprobs is None else [draft.logprobs]
-        arrays = (logits, block, laws, self._context(), [] if masks is None else [masks])
-        report, logprobs = self._run(steps.decide, self.pair.target, self.chooser, *arrays)
-        clock.evaluate(report, logprobs, hidden, self.cache.arrays(), self.state)
-        return hidden, read(report, logprobs)
-
-    def _masks(self, drafts: mx.array, pending: Any, clock: Clock) -> mx.array | None:
-        """What the grammar allows at every row, computed while the device works on `pending`."""
-        if self.grammar is None or self.grammar.free:
-            return None
-        mx.async_eval(pending)
-        clock.pause(drafts)
-        return self.grammar.masks(cast(list[int], drafts[0].tolist()))
+    def take(self, choice: Choice | Exception) -> Choice | Exception:
+        """Add to the text what was chosen for it, or say why nothing can be."""
+        if isinstance(choice, Exception):
+            return choice
+        if not choice.sound:
+            return self._unsound()
+        if self.grammar is not None:
+            self.grammar.advance(choice.tokens)
+        self.text += choice.tokens
+        return choice
 
     def _unsound(self) -> MTPError:
-        if self.grammar is not None and not self.grammar.free:
+        if self.bound:
             return RequestError(
                 f"after {self.length} tokens the grammar leaves nothing that can be chosen; it may lead to a dead end, "
                 "or a bias forbids what it asks for"
@@ -200,62 +445,38 @@ class Sequence:
             "quantisation is damaged, or a penalty or bias is out of all proportion"
         )
 
-    def commit(self, tell: bool = True) -> None:
-        """Keep what is right of the newest block, in the target's cache and in the drafter's state.
-
-        A drafter that is not asked next is told later, of many rows at once: plain decoding must not pay for it.
-        """
-        if self._block is not None:
-            tokens, hidden, start, kept = self._block
-            later = self.ready and bool(self._untold or not tell)
-            fixed = (kept == tokens.shape[1], self.ready and not later, start)
-            arrays = (self.state, tokens, hidden, mx.array([kept], mx.int32))
-            if start is None:
-                state = self._run(steps.keep, self.pair.drafter, fixed, *arrays)
-            else:  # a prompt is read once, nothing of it would ever be replayed
-                state = steps.keep(self.pair.drafter, self.cache, fixed, *arrays)
-            self.state, self._block = tuple(state), None
-            if later and self.pair.drafter.limit:
-                self._untold.append((tokens[:, :kept], hidden[:, :kept]))
-        if self._untold and (tell or len(self._untold) >= UNTOLD):
-            self._catch_up()
-
-    def _catch_up(self) -> None:
-        """Tell the drafter of the rows that it has not been told of; they end where the newest token stands."""
-        tokens = mx.concatenate([tokens for tokens, _ in self._untold], axis=1)
-        hidden = mx.concatenate([hidden for _, hidden in self._untold], axis=1)
-        rows = tokens.shape[1]
-        span = Span(self.length - rows, rows)
-        self.state = self.pair.drafter.advance(self.state, self.cache, tokens, span, hidden, mx.array([rows - 1]))
-        self._untold = []
-
-    def _run(self, step: Step, model: Target | Drafter, fixed: Hashable, *arrays: Any) -> Any:
-        return self.pair.programs.run(step, model, self.cache, fixed, *arrays)
-
-    def _context(self) -> Context:
-        reach = self.chooser.rules.reach
-        recent = self.text[max(0, self.length - reach) : self.length]
-        return Context(self.seed, mx.array([[-1] * (reach - len(recent)) + recent], mx.int32))
-
 
 def rounds(sequence: Sequence, depth: Depth, budget: int, copies: Copies | None = None) -> Iterator[Round]:
-    """Rounds until `budget` tokens have been emitted. The caller stops earlier by not asking again.
+    """Rounds of one text until `budget` tokens have been emitted. The caller stops earlier by not asking again.
 
     `copies` offers earlier text to be tried in place of the drafter's proposals.
     """
-    number = 0
     while budget > 0:
-        # Before its first round, a drafter that has not read the prompt has no hidden state to draft from.
-        most = budget - 1 if sequence.ready or not sequence.pair.drafter.limit else 0
-        copy = copies.propose(min(budget - 1, MAX_BLOCK - 1)) if copies else []
-        choice = depth.choose(len(copy), most)
-        timed = number >= WARM_UP and (number - WARM_UP) % SPLIT_EVERY == 0
-        result = sequence.round(copy[: choice.drafts] if choice.copied else choice.drafts, timed)
-        depth.observe(Outcome(result.drafted, result.copied, result.accepted, result.likely, result.times.total))
-        if copies:
-            copies.extend(result.tokens)
-            if result.copied:
-                copies.observe(result.drafted, result.accepted)
+        (result,) = next_round(sequence.batch, depth, budget, [copies])
+        if isinstance(result, Exception):
+            raise result
         budget -= len(result.tokens)
-        number += 1
         yield result
+
+
+def next_round(batch: Batch, depth: Depth, budget: int, copies: "list[Copies | None]") -> list[Round | Exception]:
+    """A round as deep as the policy says, where no text may have more than `budget` further tokens.
+
+    `copies`, for every text, are tried where it is alone, and learn of what was written in any case.
+    """
+    # Before its first round, a drafter that has not read the prompt has no hidden state to draft from.
+    most = budget - 1 if batch.ready or not batch.pair.drafter.limit else 0
+    own = copies[0] if len(copies) == 1 else None
+    copy = own.propose(min(budget - 1, MAX_BLOCK - 1)) if own else []
+    choice = depth.choose(len(copy), most)
+    timed = batch.rounds >= WARM_UP and (batch.rounds - WARM_UP) % SPLIT_EVERY == 0
+    results = batch.round([copy[: choice.drafts]] if choice.copied else choice.drafts, timed)
+    sound = [(result, of) for result, of in zip(results, copies, strict=True) if isinstance(result, Round)]
+    if sound:
+        depth.observe(*(Outcome(*result[1:5], result.times.total) for result, _ in sound))
+    for result, of in sound:
+        if of:
+            of.extend(result.tokens)
+        if of and result.copied:
+            of.observe(result.drafted, result.accepted)
+    return results

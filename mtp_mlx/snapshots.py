@@ -152,7 +152,8 @@ def restore(
     end = snapshot.length
     sequence.cache.reserve(max(end + 1, room))
     sequence.cache.restore(snapshot.held(), end)
-    sequence.text, sequence.state, sequence.ready = [*snapshot.tokens, last], snapshot.state, snapshot.ready
+    sequence.text = [*snapshot.tokens, last]
+    sequence.batch.state, sequence.batch.ready = snapshot.state, snapshot.ready
     mx.eval(sequence.cache.arrays(), sequence.state)
     return sequence
 

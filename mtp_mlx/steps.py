@@ -6,18 +6,23 @@ Each is traced once and replayed (programs.py). The first arguments are a model,
 import mlx.core as mx
 
 from mtp_mlx.cache import Cache
-from mtp_mlx.choosing import Context, Picker, Rules, verdict
+from mtp_mlx.choosing import Context, Group, Pickers, verdict
 from mtp_mlx.types import Draft, Drafter, Span, State, Target
 
 
 def propose(
-    drafter: Drafter, cache: Cache, fixed: tuple[int, Rules, int], state: State, last: mx.array, context: Context
-) -> list[mx.array]:
-    """k drafts after `last` (B,), and what each was drawn from if they were drawn by chance."""
-    k, rules, vocabulary = fixed
-    pick = Picker(rules, Context(*context), last, cache.position, k, vocabulary)
+    drafter: Drafter,
+    cache: Cache,
+    fixed: tuple[int, tuple[Group, ...], int],
+    state: State,
+    last: mx.array,
+    contexts: list[Context],
+) -> tuple[mx.array, list[list[mx.array]]]:
+    """k drafts after `last` (B,), and for each group what its own were drawn from if they were drawn by chance."""
+    k, groups, vocabulary = fixed
+    pick = Pickers(groups, contexts, last, cache.position, k, vocabulary)
     drafter.draft(tuple(state), cache, last, k, pick)
-    return [array for array in pick.draft() if array is not None]
+    return pick.tokens(), pick.laws()
 
 
 def forward(target: Target, cache: Cache, _: None, block: mx.array) -> list[mx.array]:
@@ -26,27 +31,45 @@ def forward(target: Target, cache: Cache, _: None, block: mx.array) -> list[mx.a
 
 
 def judge(
-    target: Target, cache: Cache, rules: Rules, block: mx.array, laws: list[mx.array], context: Context
-) -> list[mx.array]:
-    """The target reads a block, the newest token and the drafts, and chooses; report, log-probabilities and hidden."""
+    target: Target,
+    cache: Cache,
+    groups: tuple[Group, ...],
+    block: mx.array,
+    laws: list[list[mx.array]],
+    contexts: list[Context],
+) -> tuple[list[tuple[mx.array, mx.array]], mx.array]:
+    """The target reads a block, the newest tokens and the drafts, and chooses; for each group its report and
+    log-probabilities, and hidden."""
     start = cache.position
     logits, hidden = forward(target, cache, None, block)
-    return [*verdict(rules, Context(*context), Draft(block[:, 1:], *laws), block, start, logits), hidden]
+    choices = [
+        verdict(
+            group.rules,
+            Context(*context),
+            Draft(group.of(block)[:, 1:], *law),
+            group.of(block),
+            group.of(start),
+            group.of(logits),
+        )
+        for group, law, context in zip(groups, laws, contexts, strict=True)
+    ]
+    return choices, hidden
 
 
 def decide(
     target: Target,
     cache: Cache,
-    rules: Rules,
+    group: Group,
     logits: mx.array,
     block: mx.array,
-    laws: list[mx.array],
+    law: list[mx.array],
     context: Context,
     masks: list[mx.array],
-) -> list[mx.array]:
-    """The choice of `judge` by itself, for rows that the target has read and of which tokens may be masked."""
-    draft = Draft(block[:, 1:], *laws)
-    return list(verdict(rules, Context(*context), draft, block, cache.position, logits, *masks))
+) -> tuple[mx.array, mx.array]:
+    """The choice of `judge` by itself, for a group of texts whose block has been read; tokens may be masked."""
+    own = group.of(block)
+    draft, start = Draft(own[:, 1:], *law), group.of(cache.position)
+    return verdict(group.rules, Context(*context), draft, own, start, group.of(logits), *masks)
 
 
 def keep(

@@ -120,6 +120,14 @@ class LayerCache(Protocol):
         """Hold these in their place: what a traced step has made of them."""
         ...
 
+    def join(self, other: "LayerCache", sizes: tuple[int, int]) -> None:
+        """Hold what another layer of its kind and capacity holds behind its own; they are of so many sequences."""
+        ...
+
+    def select(self, rows: list[int]) -> "LayerCache":
+        """A layer that holds copies of what this one holds of some of its sequences."""
+        ...
+
     def snapshot(self, start: int, end: int) -> Held:
         """What it holds of the first `end` tokens, which are all that are kept; of rows those from `start` on.
 

@@ -46,7 +46,7 @@ from mtp_mlx.models.qwen3_5 import Model as Qwen
 from mtp_mlx.models.qwen3_5_mtp import Head
 from mtp_mlx.penalties import Penalties
 from mtp_mlx.programs import Programs, compiles
-from mtp_mlx.rounds import Sequence
+from mtp_mlx.rounds import Batch, Sequence
 from mtp_mlx.sampling import Greedy, Sampler
 from mtp_mlx.types import Drafter, Output, Pair, Pick, PlainRows, Span, State, Target, Visible
 
@@ -82,6 +82,20 @@ VARIANTS = ["gemma4_ple", "gemma4_keqv", "gemma4_moe", "gemma4_unified"]
 QWEN = ["qwen3_5_dense", "qwen3_5_tied", "qwen3_5_moe", "qwen3_5_moe_sharded", "qwen3_next"]
 WINDOW = 16  # of every tiny variant of Gemma
 VOCAB = 320
+
+
+@pytest.fixture
+def sizes() -> Iterator[list[int]]:
+    """How many texts each round was of."""
+    seen: list[int] = []
+    plain = Batch.round
+
+    def spied(self: Batch, *arguments: object) -> object:
+        seen.append(len(self.sequences))
+        return plain(self, *arguments)  # type: ignore[arg-type]
+
+    with mock.patch.object(Batch, "round", spied):
+        yield seen
 
 
 @cache
@@ -306,6 +320,12 @@ def open_sequence(
     Drafts are the drafter's best tokens: coupled ones would always agree with a sampler that writes a given text.
     """
     return Sequence(Pair(target, drafter, PROGRAMS, kv_bits), Rules(sampler, drafts=drafts), seed)
+
+
+def drafted(sequence: Sequence, k: int) -> list[list[int]]:
+    """What the drafter would propose now."""
+    batch = sequence.batch
+    return cast(list[list[int]], batch._propose(k, batch._groups()).tokens.tolist())
 
 
 def run_rounds(

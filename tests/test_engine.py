@@ -23,7 +23,7 @@ from mtp_mlx.conversation import Conversations
 from mtp_mlx.dialects import find_dialect
 from mtp_mlx.engine import Engine, Event, Piece, Request, Stream
 from mtp_mlx.errors import BusyError, MTPError, RequestError
-from mtp_mlx.generation import Progress, Response, generation
+from mtp_mlx.generation import Progress, Response, generation, solo
 from mtp_mlx.grammar import Grammar, Guide
 from mtp_mlx.loading import load
 from mtp_mlx.options import Options
@@ -55,7 +55,7 @@ def tokens_of(stream: Stream) -> list[int]:
 
 
 def alone(loaded: Loaded, request: Request) -> list[Response]:
-    events = generation(*loaded, request.prompt, request.options)
+    events = solo(generation(*loaded, request.prompt, request.options))
     return [response for event in events if isinstance(event, list) for response in event]
 
 
@@ -76,6 +76,41 @@ def test_requests_at_a_time_get_what_each_gets_alone(loaded: Loaded, engine: Eng
     for reader in readers:
         reader.join(60)
     assert [found[i] for i in range(len(requests))] == [ids(alone(loaded, request)) for request in requests]
+
+
+def test_texts_are_written_together_and_each_ends_as_if_it_were_alone(loaded: Loaded, sizes: list[int]) -> None:
+    """A stop text, a reader that leaves, a fault and an end of its own, in one batch; and what each leaves is right."""
+
+    def faulty(tokens: mx.array, logits: mx.array) -> mx.array:
+        if tokens.size > 60:
+            raise ZeroDivisionError
+        return logits
+
+    pair, tokenizer = loaded
+    served = Engine(pair, tokenizer, Prefixes(pair, 10**9, near=1))
+    requests = [
+        Request(varied_tokens(40 + i, seed=i), Options(tokens, 3, sampler, logits_processors=processors, seed=i))
+        for i, (tokens, sampler, processors) in enumerate(
+            [(30, None, None), (400, Sample(0.8), None), (90, None, [faulty]), (70, Sample(1.0), None)]
+        )
+    ]
+    truth = {row: alone(loaded, requests[row]) for row in (0, 3)}
+    text = "".join(response.text for response in truth[3])
+    stop = text[len(text) // 2 :][:4]
+    requests[3] = replace(requests[3], stop=(stop,))
+    streams = [served.stream(request) for request in requests]
+    with pytest.raises(ZeroDivisionError):
+        list(streams[2])
+    assert tokens_of(streams[0]) == ids(truth[0])
+    streams[1].close()
+    said = "".join(event.text for event in streams[3] if isinstance(event, Piece))
+    assert said == text[: text.index(stop)]
+    assert max(sizes) == 4 and sizes.count(2) + sizes.count(3) > 0
+    following = replace(requests[0], prompt=[*requests[0].prompt, *ids(truth[0]), *varied_tokens(9, seed=9)])
+    events = list(served.stream(following))
+    assert isinstance(events[0], Progress) and events[0].cached >= 68, "what it left in the batch is not read again"
+    assert [t.id for e in events if isinstance(e, Piece) for t in e.tokens] == ids(alone(loaded, following))
+    served.close(10)
 
 
 def test_a_short_request_does_not_wait_for_a_long_prompt(engine: Engine) -> None:
@@ -248,7 +283,7 @@ def test_a_prompt_that_was_broken_off_goes_on_where_it_was(loaded: Loaded) -> No
 
 
 def test_two_texts_at_a_time_do_not_share_what_one_measures(loaded: Loaded) -> None:
-    texts = [generation(*loaded, varied_tokens(30, seed=i), Options(40)) for i in range(2)]
+    texts = [solo(generation(*loaded, varied_tokens(30, seed=i), Options(40))) for i in range(2)]
     for text in (*texts, *texts):
         next(text)
     policies = loaded[0].measured["auto"]
@@ -256,7 +291,7 @@ def test_two_texts_at_a_time_do_not_share_what_one_measures(loaded: Loaded) -> N
     assert policies[0].policy is not policies[1].policy
     for text in texts:
         text.close()
-    list(generation(*loaded, varied_tokens(30), Options(5)))
+    list(solo(generation(*loaded, varied_tokens(30), Options(5))))
     assert len(policies) == 2 and not any(measured.busy for measured in policies), "a later text takes one of them"
 
 

@@ -84,7 +84,19 @@ ALLOWED = {
         "types",
     },
     "mtp_mlx.stops": set(),
-    "mtp_mlx.engine": {"errors", "generation", "options", "prefixes", "stats", "stops", "types"},
+    "mtp_mlx.together": {"", "depth", "errors", "generation", "rounds", "types"},
+    "mtp_mlx.batches": {
+        "errors",
+        "generation",
+        "ngram",
+        "options",
+        "penalties",
+        "prefixes",
+        "sampling",
+        "together",
+        "types",
+    },
+    "mtp_mlx.engine": {"depth", "together", "errors", "generation", "options", "prefixes", "stats", "stops", "types"},
     "mtp_mlx.bench": {
         "cache",
         "choosing",
@@ -338,6 +350,7 @@ ALLOWED = {
     "mtp_mlx.cli.main": {"cli", "errors"},
     "mtp_mlx": {
         "attach",
+        "batches",
         "choosing",
         "errors",
         "generate",

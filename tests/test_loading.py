@@ -1,5 +1,6 @@
 """Every form a checkpoint comes in is read; whatever does not fit is refused in one clear line."""
 
+import inspect
 import json
 import shutil
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import mlx_lm
 import numpy as np
 import pytest
 from conftest import (
@@ -24,6 +26,7 @@ from conftest import (
 )
 from mlx.utils import tree_flatten
 from mlx_lm.convert import convert
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 from safetensors.numpy import save_file
 
 from mtp_mlx.checkpoint import Checkpoint
@@ -32,6 +35,7 @@ from mtp_mlx.errors import CheckpointError, PairError, RequestError
 from mtp_mlx.generate import generate
 from mtp_mlx.hub import DEMOS, find
 from mtp_mlx.loading import load, load_pair
+from mtp_mlx.model import Model
 from mtp_mlx.models.gemma4_assistant import Assistant, mismatches
 from mtp_mlx.models.qwen3_5 import Model as Qwen
 from mtp_mlx.models.qwen3_5 import TextConfig
@@ -391,3 +395,31 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
 def test_bfloat16_experts_on_the_cpu_are_refused_with_a_way_out() -> None:
     with pytest.raises(CheckpointError, match="--dtype float32"):
         load(FIXTURES / "gemma4_moe")
+
+
+def test_load_is_mlx_lms_with_a_drafter() -> None:
+    mine, expected = (inspect.signature(function).parameters for function in (load, mlx_lm.load))
+    for ours, other in zip(mine.values(), expected.values(), strict=False):
+        assert (ours.name, ours.kind) == (other.name, other.kind)
+        assert ours.name == "path_or_hf_repo" or ours.default == other.default
+    assert [name for name in mine if name not in expected] == ["drafter", "dtype", "drafter_bits", "kv_bits"]
+    folder = FIXTURES / "gemma4_keqv"
+    model, tokenizer, config = load(folder, lazy=True, return_config=True, model_config={"model_type": "gemma4"})
+    assert isinstance(model, Model) and isinstance(tokenizer, TokenizerWrapper)
+    assert config == json.loads((folder / "config.json").read_text())
+    assert load(folder, {"bos_token": "<eos>"})[1].bos_token == "<eos>" != tokenizer.bos_token
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"trust_remote_code": True}, "leave trust_remote_code out"),
+        ({"tokenizer_config": {"trust_remote_code": True}}, "leave trust_remote_code out"),
+        ({"revision": "main"}, "--revision REVISION --local-dir FOLDER"),
+        ({"model_config": {"model_type": "other"}}, "model_type 'other', its config.json says 'gemma4'"),
+        ({"model_config": {"rope_scaling": {"factor": 4}}}, "config.json says nothing"),
+    ],
+)
+def test_what_mlx_lm_would_load_otherwise_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        load(FIXTURES / "gemma4_keqv", **options)

@@ -15,6 +15,7 @@ from conftest import (
     AlteredTarget,
     DialledDrafter,
     Forced,
+    drafted,
     float32_copy,
     gap,
     mlx_lm_model,
@@ -182,7 +183,7 @@ def test_a_drafter_goes_on_after_a_stop_as_if_it_had_read_the_whole(variant: str
     for each in (sequence, fresh):
         each.round(0)
         each.commit()
-    drafts = [each._draft(6).tokens.tolist() for each in (sequence, fresh)]
+    drafts = [drafted(each, 6) for each in (sequence, fresh)]
     assert drafts[0] == drafts[1]
 
 
@@ -423,6 +424,6 @@ def test_a_drafter_that_was_not_asked_for_long_knows_the_text_when_it_is(variant
             told.commit()  # tells it at once
         sequence.commit()
         assert sequence.length == told.length
-        drafts = [each._draft(5).tokens.tolist() for each in (sequence, told)]
+        drafts = [drafted(each, 5) for each in (sequence, told)]
         assert drafts[0] == drafts[1]
         assert gap(sequence.state[0], told.state[0]) < EXACT

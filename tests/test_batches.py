@@ -1,0 +1,186 @@
+"""`batch_generate`: each text is what `stream_generate` writes for its prompt alone."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import mlx.core as mx
+import pytest
+from conftest import FIXTURES, WINDOW, varied_tokens
+from mlx_lm.sample_utils import make_logits_processors, make_sampler
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from mtp_mlx.batches import Figures, batch_generate
+from mtp_mlx.errors import BusyError, RequestError
+from mtp_mlx.generate import stream_generate
+from mtp_mlx.generation import Generation, generation
+from mtp_mlx.loading import load
+from mtp_mlx.options import Options
+from mtp_mlx.penalties import Penalties
+from mtp_mlx.prefixes import Prefixes
+from mtp_mlx.sampling import Greedy, Sample
+from mtp_mlx.together import Together
+from mtp_mlx.types import Pair
+
+Loaded = tuple[Pair, TokenizerWrapper]
+LENGTHS = [1, 3 * WINDOW, 5, WINDOW, WINDOW + 1, 2, WINDOW - 1, 2 * WINDOW]
+TOKENS = [9, 30, 1, 2, 25, 12, 30, 3]
+
+
+@pytest.fixture(scope="module", params=["gemma4_keqv", "qwen3_5_tied"])
+def loaded(request: pytest.FixtureRequest) -> Loaded:
+    drafter = FIXTURES / request.param / "assistant"
+    model, tokenizer = load(FIXTURES / request.param, drafter=drafter if drafter.is_dir() else "auto", dtype=mx.float32)
+    return model.pair, tokenizer
+
+
+def _alone(loaded: Loaded, prompt: list[int], tokens: int, **options: object) -> list[int]:
+    responses = stream_generate(*loaded, prompt, tokens, **options)  # type: ignore[arg-type]
+    return [response.token for response in responses if response.finish_reason != "stop"]
+
+
+@pytest.mark.parametrize("depth", [0, 3, "auto"])
+@pytest.mark.parametrize("rows", [1, 2, 8])
+def test_greedy_texts_are_those_of_each_prompt_alone(
+    loaded: Loaded, sizes: list[int], rows: int, depth: int | str
+) -> None:
+    prompts = [varied_tokens(length, seed=length) for length in LENGTHS[:rows]]
+    pair = replace(loaded[0], measured={})
+    result = batch_generate(pair, loaded[1], prompts, max_tokens=TOKENS[:rows], return_token_ids=True, depth=depth)
+    assert max(sizes) > 3 * rows // 5, "some have ended before the last one joins"
+    assert result.token_ids == [
+        _alone(loaded, prompt, tokens, depth=0) for prompt, tokens in zip(prompts, TOKENS, strict=False)
+    ]
+
+
+@pytest.mark.parametrize("depth", [0, 3])
+def test_every_text_has_its_own_sampler_seed_and_penalties(loaded: Loaded, sizes: list[int], depth: int) -> None:
+    samplers = [None, Sample(0.8), Sample(1.2, top_p=0.9), Greedy(), make_sampler(0.0), Sample(0.8), None, Sample(2.0)]
+    penalties = [None, Penalties(repetition=1.4), None, Penalties(presence=0.5), None, None, None, None]
+    processors = [None] * 6 + [make_logits_processors(logit_bias={3: 4.0}), None]
+    prompts = [varied_tokens(length, seed=length) for length in LENGTHS]
+    result = batch_generate(
+        *loaded,
+        prompts,
+        max_tokens=20,
+        return_token_ids=True,
+        sampler=samplers,
+        penalties=penalties,
+        logits_processors=processors,  # type: ignore[arg-type]
+        seed=7,
+        depth=depth,
+    )
+    assert max(sizes) == 8 and result.token_ids is not None
+    for row, prompt in enumerate(prompts):
+        own = {"sampler": samplers[row], "penalties": penalties[row], "logits_processors": processors[row]}
+        assert result.token_ids[row] == _alone(loaded, prompt, 20, seed=7 + row, depth=depth, **own)
+
+
+def test_texts_end_at_stops_and_others_take_their_place(loaded: Loaded, sizes: list[int]) -> None:
+    tokenizer = loaded[1]
+    prompts = [varied_tokens(length, seed=length) for length in LENGTHS]
+    free = [_alone(loaded, prompt, 24, depth=0) for prompt in prompts]
+    stops = {text[i] for i, text in zip((3, 8, 15), free, strict=False)}
+    with mock.patch.object(type(tokenizer), "eos_token_ids", stops, create=True):
+        result = batch_generate(
+            *loaded, prompts, max_tokens=24, return_token_ids=True, depth=4, completion_batch_size=3
+        )
+    ends = [next((i for i, token in enumerate(text) if token in stops), 24) for text in free]
+    assert result.token_ids == [text[:end] for text, end in zip(free, ends, strict=True)]
+    assert len(set(ends)) > 2 and max(sizes) == 3
+    assert result.texts == [tokenizer.decode(ids) for ids in result.token_ids]
+
+
+def test_the_response_is_mlx_lm_s(loaded: Loaded, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts = [varied_tokens(5), varied_tokens(9, seed=2)]
+    result = batch_generate(*loaded, prompts, max_tokens=6, verbose=True, return_logprobs=True, depth=2)
+    assert isinstance(result.stats, Figures) and result.stats.drafted >= result.stats.accepted
+    assert result.stats.prompt_tokens == 14 and result.stats.generation_tokens == 12
+    assert result.token_ids is None and result.caches is None
+    assert result.logprobs is not None
+    for row, prompt in enumerate(prompts):
+        responses = list(stream_generate(*loaded, prompt, 6, depth=0))
+        told = [response.logprobs[response.token].item() for response in responses]
+        assert result.logprobs[row] == pytest.approx(told, abs=2e-4)
+    printed = capsys.readouterr().out
+    assert "Finished processing 2/2" in printed and "Generation: 12 tokens" in printed
+    empty = batch_generate(*loaded, [])
+    assert empty.texts == []
+
+
+def test_what_does_not_fit_is_refused(loaded: Loaded) -> None:
+    for options, word in (
+        ({"max_tokens": [3]}, "max_tokens has 1 entries for 2 prompts"),
+        ({"seed": [1, 2, 3]}, "seed has 3 entries"),
+        ({"sampler": [None]}, "sampler has 1"),
+        ({"completion_batch_size": 0}, "at least 1"),
+        ({"return_prompt_caches": True}, "prompt caches"),
+        ({"max_tokens": 0}, "max tokens is 0"),
+    ):
+        with pytest.raises(RequestError, match=word):
+            batch_generate(*loaded, [[1], [2]], **options)
+    with pytest.raises(RequestError, match="the prompt is empty"):
+        batch_generate(*loaded, [[1], []])
+
+
+def test_a_text_for_which_there_is_no_memory_waits_until_another_has_ended(loaded: Loaded, sizes: list[int]) -> None:
+    begun: list[Prefixes] = []
+
+    def busy(*arguments: Any) -> Generation:
+        prefixes = arguments[4]
+        if prefixes.claims.held:
+            raise BusyError("other texts have the memory")
+        begun.append(prefixes)
+        return (yield from generation(*arguments))
+
+    prompts = [varied_tokens(4, seed=row) for row in range(3)]
+    with mock.patch("mtp_mlx.batches.generation", busy):
+        result = batch_generate(*loaded, prompts, max_tokens=12, return_token_ids=True, depth=2)
+    assert max(sizes) == 1 and begun == begun[:1] * 3, "they share what knows of memory"
+    assert result.token_ids == [_alone(loaded, prompt, 12, depth=0) for prompt in prompts]
+
+
+def test_what_loses_is_found_out_and_written_in_turn(loaded: Loaded) -> None:
+    """A batch that takes as long as its rows one by one and more is given up, and tried again much later."""
+    pair, _ = loaded
+    together = Together(Pair(pair.target, pair.drafter))
+    pace = together._pace
+    assert pace.together(4)
+    for _ in range(40):
+        pace.add(4, 4, 10.0)
+    assert not pace.together(4), "what one after the other brings is not known"
+    for _ in range(40):
+        pace.add(1, 1, 1.0)
+    assert not pace.together(4) and pace.together(3)
+    for _ in range(600):
+        pace.add(1, 1, 1.0)
+    assert pace.together(4), "it is tried once more"
+    for _ in range(80):
+        pace.add(4, 4, 1.0)
+    assert pace.together(4)
+
+
+def test_texts_of_very_different_length_are_not_written_together(loaded: Loaded) -> None:
+    together = Together(loaded[0])
+    writings: list[Any] = [
+        SimpleNamespace(
+            options=Options(depth=3),
+            sequence=SimpleNamespace(
+                pair=loaded[0],
+                ready=True,
+                nbytes=capacity,
+                batch=SimpleNamespace(cache=SimpleNamespace(capacity=capacity)),
+            ),
+        )
+        for capacity in (256, 300, 5000, 9000, 11000)
+    ]
+    short, other, middle, long, longest = writings
+    assert together.company(writings) == [short, other]
+    assert together.company([longest, short, middle, long]) == [longest, long]
+    long.sequence.ready = False
+    assert together.company([longest, long]) == [longest], "a drafter that has not been told cannot draft"
+    other.options = Options(depth=2)
+    assert together.company([short, other]) == [short]
+    with mock.patch("mtp_mlx.memory.free_bytes", lambda: 3000):
+        assert together.company([middle, long]) == [middle] and together.company([longest, middle]) == [longest]
