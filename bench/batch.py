@@ -1,6 +1,6 @@
 """Tokens per second of B texts in one batch against the same texts one after the other, with and without drafts.
 
-    python bench/batch.py [--model demo] [--rows 1 2 4 8] [--depth auto] [--tokens 128] [--repeats 5] [--out figures.json]
+    python bench/batch.py [--model demo] [--rows 1 2 4 8] [--depth auto] [--tokens 128] [--repeats 5]
 
 One repeat runs every arm once, in turn; the first is not counted. An arm is a number of texts, together or in turn, at
 depth 0 or at `--depth`; prompts are read and first tokens written before the clock starts. `gain` is together over in
