@@ -157,9 +157,7 @@ class Batch:
         return [
             choice
             if isinstance(choice, Exception)
-            else Round(
-                choice.tokens, k, copied, len(choice.tokens) - 1, choice.likely, choice.logprobs, times, len(taken)
-            )
+            else Round(choice.tokens, k, copied, len(choice.tokens) - 1, choice.likely, choice.logprobs, times, texts)
             for choice in taken
         ]
 
