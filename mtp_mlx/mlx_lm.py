@@ -10,20 +10,24 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
 from mlx_lm import __version__ as mlx_lm_version
+from mlx_lm.generate import BatchResponse
 from mlx_lm.utils import load
 
 from mtp_mlx.attach import attach
+from mtp_mlx.batches import batch_generate
 from mtp_mlx.drafter_bits import Bits
 from mtp_mlx.errors import MTPError, RequestError
 from mtp_mlx.generate import stream_generate
-from mtp_mlx.generation import Response
+from mtp_mlx.generation import Response, draw_seed
 from mtp_mlx.hub import find
 from mtp_mlx.loading import open_target
+from mtp_mlx.model import Model
+from mtp_mlx.sampling import Greedy, Sample, Sampler
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,7 @@ class Inside:
     drafter: str = "auto"
     drafter_bits: Bits = "auto"
     depth: int | str = "auto"
+    seeded: bool = False  # the same text on every run, for which depths may not follow a clock
 
     def load(self, path_or_hf_repo: str, *, return_config: bool = False, **options: Any) -> tuple[Any, ...]:
         """A model as mlx-lm loads it, adapter and tokenizer included, with a drafter."""
@@ -45,7 +50,8 @@ class Inside:
         return (attached, tokenizer, config) if return_config else (attached, tokenizer)
 
     def stream_generate(self, *arguments: Any, **options: Any) -> Iterator[Response]:
-        return stream_generate(*arguments, depth=self.depth, **options)
+        seed = draw_seed() if self.seeded else None
+        return stream_generate(*arguments, depth=self.depth, seed=seed, **options)
 
     def told(self, *arguments: Any, **options: Any) -> Iterator[Response]:
         """The same, and at the end what the drafts were worth."""
@@ -58,9 +64,41 @@ class Inside:
                 f"mtp-mlx: {stats.accepted} of {stats.drafted} drafts kept, in {stats.rounds} rounds", file=sys.stderr
             )
 
+    def batch_generate(
+        self, model: Model, tokenizer: Any, prompts: list[list[int]], prefill_batch_size: int = 1, **options: Any
+    ) -> BatchResponse:
+        """Texts written together, with drafts. Their prompts are read one after the other, whatever the batch size."""
+        seed = draw_seed() if self.seeded else None
+        return batch_generate(model.pair, tokenizer, prompts, depth=self.depth, seed=seed, **options)
+
     @property
     def drafts(self) -> bool:
         return self.drafter != "none" and self.depth != 0
+
+
+def make_sampler(
+    temp: float = 0.0,
+    top_p: float = 0.0,
+    min_p: float = 0.0,
+    min_tokens_to_keep: int = 1,
+    top_k: int = 0,
+    xtc_probability: float = 0.0,
+    xtc_threshold: float = 0.1,
+    xtc_special_tokens: Sequence[int] | None = None,
+) -> Sampler:
+    """What mlx-lm's function of that name would make, as a value of ours: it is computed with the round."""
+    if temp == 0:
+        return Greedy()
+    return Sample(
+        temp,
+        top_p=top_p,
+        min_p=min_p,
+        min_tokens_to_keep=min_tokens_to_keep,
+        top_k=top_k,
+        xtc_probability=xtc_probability,
+        xtc_threshold=xtc_threshold,
+        xtc_special_tokens=tuple(xtc_special_tokens or ()),
+    )
 
 
 def refuse_several_machines(*arguments: Any, **options: Any) -> None:
@@ -81,11 +119,11 @@ class Program:
 
 
 def _writing(inside: Inside, module: ModuleType) -> Names:
-    return {"load": inside.load, "stream_generate": inside.told}
+    return {"load": inside.load, "stream_generate": inside.told, "make_sampler": make_sampler}
 
 
 def _chatting(inside: Inside, module: ModuleType) -> Names:
-    names = {"load": inside.load, "stream_generate": inside.stream_generate}
+    names = {"load": inside.load, "stream_generate": inside.stream_generate, "make_sampler": make_sampler}
     return {**names, "sharded_load": refuse_several_machines}
 
 
@@ -93,8 +131,14 @@ def _reading(inside: Inside, module: ModuleType) -> Names:
     return {"load": inside.load}
 
 
+def _evaluating(inside: Inside, module: ModuleType) -> Names:
+    names = {"load": inside.load, "batch_generate": inside.batch_generate, "make_sampler": make_sampler}
+    return names if inside.drafts else _reading(inside, module)
+
+
 def _serving(inside: Inside, module: ModuleType) -> Names:
-    return {**_chatting(inside, module), "ModelProvider": _provider(vars(module)["ModelProvider"], inside)}
+    kept = {} if inside.drafts else {"make_sampler": vars(module)["make_sampler"]}  # for mlx-lm's own batches
+    return {**_chatting(inside, module), **kept, "ModelProvider": _provider(vars(module)["ModelProvider"], inside)}
 
 
 def _provider(base: type, inside: Inside) -> type:
@@ -121,7 +165,9 @@ def _note_of_server(inside: Inside) -> str:
 
 
 def _note_of_evaluate(inside: Inside) -> str:
-    return "nothing is drafted: texts are scored, and where a task has some written, mlx-lm writes them in batches"
+    if inside.drafts:
+        return "texts are scored without drafts, and written with them where a task has some written"
+    return "nothing is drafted, texts are written in mlx-lm's batches"
 
 
 def _note_of_perplexity(inside: Inside) -> str:
@@ -132,7 +178,7 @@ PROGRAMS: Mapping[str, Program] = {
     "generate": Program(_writing),
     "chat": Program(_chatting),
     "server": Program(_serving, _note_of_server),
-    "evaluate": Program(_reading, _note_of_evaluate, needs="lm_eval"),
+    "evaluate": Program(_evaluating, _note_of_evaluate, needs="lm_eval"),
     "perplexity": Program(_reading, _note_of_perplexity),
 }
 
@@ -145,6 +191,7 @@ def run(name: str, inside: Inside, arguments: Sequence[str]) -> None:
             "--draft-model is mlx-lm's own way to draft; name a drafter, or a smaller model, by --drafter"
         )
     module = _module(name, program)
+    inside = replace(inside, seeded=any(argument.startswith("--seed") for argument in arguments))
     asks = not {"-h", "--help"}.isdisjoint(arguments)
     note = None if asks else program.note(inside)
     if note:

@@ -20,7 +20,7 @@ class Model(nn.Module):
     """
 
     def __init__(self, pair: Pair, config: Mapping[str, Any]):
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.target = cast(nn.Module, pair.target)
         self._pair = pair
         self._config = dict(config)

@@ -1,6 +1,7 @@
 """mlx-lm's own programs run with our pair inside, and write what they write without it."""
 
 import importlib
+import inspect
 import json
 import re
 import shlex
@@ -27,6 +28,7 @@ from mtp_mlx.errors import RequestError
 from mtp_mlx.hub import DEMOS
 from mtp_mlx.mlx_lm import Inside, main, replaced
 from mtp_mlx.model import Model
+from mtp_mlx.sampling import Greedy, Sample
 
 DEMO = str(DEMOS["demo"])
 QUESTION = "def add(a, b):"
@@ -86,9 +88,9 @@ def _evaluate(model: Any, **options: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("name", "names"),
     [
-        ("generate", {"load", "stream_generate"}),
-        ("chat", {"load", "sharded_load", "stream_generate"}),
-        ("server", {"load", "sharded_load", "stream_generate", "ModelProvider"}),
+        ("generate", {"load", "stream_generate", "make_sampler"}),
+        ("chat", {"load", "sharded_load", "stream_generate", "make_sampler"}),
+        ("server", {"load", "sharded_load", "stream_generate", "make_sampler", "ModelProvider"}),
         ("perplexity", {"load"}),
     ],
 )
@@ -122,6 +124,28 @@ def test_generate_writes_mlx_lms_text(options: tuple[str, ...], capsys: pytest.C
     wanted = capsys.readouterr().out
     assert call(*options, "generate", *arguments) == 0
     assert capsys.readouterr().out == wanted
+
+
+def test_a_seed_gives_the_same_text_again(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["generate", "--model", DEMO, "--prompt", "import ", "--max-tokens", "8", "--verbose", "False"]
+    texts = []
+    for seed, depth in (("3", "2"), ("3", "auto"), ("4", "2")):
+        assert call(*arguments, "--temp", "0.9", "--top-p", "0.95", "--seed", seed, "--depth", depth) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_samplers_are_made_of_mlx_lms_arguments() -> None:
+    """Once mlx-lm's function takes others, these have to follow."""
+    theirs, mine = (inspect.signature(make) for make in (module("sample_utils").make_sampler, programs.make_sampler))
+    assert [(p.name, p.default) for p in theirs.parameters.values()] == [
+        (p.name, p.default) for p in mine.parameters.values()
+    ]
+    assert programs.make_sampler(0.0, 0.9, 0.1) == Greedy()
+    given = (0.7, 0.9, 0.1, 2, 40, 0.5, 0.2, [3])
+    values: dict[str, Any] = {"top_p": 0.9, "min_p": 0.1, "min_tokens_to_keep": 2, "top_k": 40}
+    xtc: dict[str, Any] = {"xtc_probability": 0.5, "xtc_threshold": 0.2, "xtc_special_tokens": (3,)}
+    assert programs.make_sampler(*given) == Sample(0.7, **values, **xtc)
 
 
 def test_generate_drafts_and_says_what_came_of_it(capsys: pytest.CaptureFixture[str]) -> None:
@@ -221,10 +245,15 @@ def test_perplexity_is_mlx_lms(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert err == "mtp-mlx: nothing is drafted: a perplexity needs no text to be written\n"
 
 
-def test_evaluate_scores_as_mlx_lms(lm_eval: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("drafter", "words"), [("auto", "without drafts, and written with them"), ("none", "nothing is drafted")]
+)
+def test_evaluate_scores_as_mlx_lms(
+    drafter: str, words: str, lm_eval: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments = ["--model", DEMO, "--tasks", "found", "--output-dir", str(tmp_path), "--no-apply-chat-template"]
     found = []
-    for start in (lambda: stock("evaluate", *arguments), lambda: call("evaluate", *arguments)):
+    for start in (lambda: stock("evaluate", *arguments), lambda: call("evaluate", "--drafter", drafter, *arguments)):
         start()
         _, err = capsys.readouterr()
         (file,) = tmp_path.iterdir()
@@ -234,7 +263,7 @@ def test_evaluate_scores_as_mlx_lms(lm_eval: ModuleType, tmp_path: Path, capsys:
         for mine, wanted in zip(found[1].pop(name), found[0].pop(name), strict=True):
             assert mine == pytest.approx(wanted, abs=1e-3)
     assert found[0] == found[1] and all(found[0]["texts"])
-    assert "mtp-mlx: nothing is drafted: texts are scored" in err
+    assert [words in line for line in err.splitlines() if line.startswith("mtp-mlx: ")] == [True]
 
 
 def test_evaluate_without_lm_eval_says_what_to_install(
