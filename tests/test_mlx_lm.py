@@ -81,6 +81,7 @@ def _evaluate(model: Any, **options: Any) -> dict[str, Any]:
             [_request(text, {"until": ["\n\n"], "max_gen_toks": 5}) for text in (QUESTION, "import numpy as")]
         ),
         "kind": type(model._model).__name__,
+        "writer": vars(module("evaluate"))["batch_generate"].__module__,
     }
     return {"results": {"found": found}}
 
@@ -259,6 +260,8 @@ def test_evaluate_scores_as_mlx_lms(
         (file,) = tmp_path.iterdir()
         found.append(json.loads(file.read_text())["found"])
     assert (found[0].pop("kind"), found[1].pop("kind")) == ("Model", "Model")
+    writers = ["mlx_lm.generate", "mtp_mlx.mlx_lm" if drafter == "auto" else "mlx_lm.generate"]
+    assert [one.pop("writer") for one in found] == writers
     for name in ("scores", "rolling"):
         for mine, wanted in zip(found[1].pop(name), found[0].pop(name), strict=True):
             assert mine == pytest.approx(wanted, abs=1e-3)
