@@ -215,3 +215,11 @@ def test_a_pair_is_of_the_model_given() -> None:
     attached = attach(theirs("gemma4_keqv"), FIXTURES / "gemma4_keqv" / "assistant", drafter_bits=8)
     assert isinstance(attached, Model) and isinstance(attached.pair.drafter, Assistant)
     assert any(name.endswith(".scales") for name in parameters(attached.pair.drafter.network))
+
+
+@pytest.mark.parametrize("variant", ["gemma4_keqv", "qwen3_5_dense"])
+def test_a_text_model_by_itself_will_do(variant: str) -> None:
+    inner = text_model(theirs(variant))
+    attached = attach(inner, None)
+    assert attached.model_type in ("gemma4_text", "qwen3_5_text", "qwen3_5")
+    assert gap(attached(tokens_()), theirs(variant)(tokens_())) < TOLERANCE
