@@ -98,7 +98,7 @@ class Together:
         for writing in writings[1:]:
             if _fit([*mates, writing]):
                 mates.append(writing)
-        together = len(mates) > 1 and first.sequence.ready and self._pace.together(len(mates))
+        together = len(mates) > 1 and self._pace.together(len(mates))
         return mates if together else [first]
 
     def round(self, writings: Several[Writing]) -> list[Turn]:
