@@ -74,7 +74,7 @@ def test_in_a_batch_it_says_of_every_text_what_it_says_of_one_alone(variant: str
     texts = [open_sequence(target, DraftModel(target), forced) for _ in range(3)]
     for sequence, length in zip(texts, (5, WINDOW + 1, 3 * WINDOW), strict=True):
         sequence.prefill(text[:length], WINDOW, lambda done, total: None)
-        sequence.round(0)
+    texts[0].round(0)
     assert texts[1].round(copy(texts[1], 1, 4)).accepted == 1
     texts[1].round(2)
     batch = texts[0].batch
