@@ -111,9 +111,8 @@ class Cache:
         other.reserve(self.capacity)
         sizes = self.position.size, other.position.size
         self.position = mx.concatenate([self.position, other.position])
-        for layer, added in zip(self.layers, other.layers, strict=True):
-            layer.join(added, sizes)
-            added.bind([])
+        for layer in self.layers:
+            layer.join(other.layers.pop(0), sizes)
             mx.eval(layer.arrays())  # so that no more than one layer is in memory twice
 
     def select(self, rows: list[int]) -> "Cache":

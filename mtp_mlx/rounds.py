@@ -42,6 +42,7 @@ class Round(NamedTuple):
     likely: bool  # whether the first draft was the target's most probable token, whatever was drawn
     logprobs: mx.array  # (len(tokens) or more, V)
     times: Times  # of the round, which all texts of a batch share
+    texts: int = 1  # how many these are
 
     def first(self, n: int) -> "Round":
         """The round as if it had ended with its n-th token: a stop inside an accepted run."""
@@ -152,11 +153,11 @@ class Batch:
         kept = tuple(0 if isinstance(choice, Exception) else len(choice.tokens) for choice in taken)
         if any(kept):
             self._block, self.ready = _Block(block, hidden, None, kept), True
-        k, times = proposal.tokens.shape[1], clock.times()
+        k, texts, times = proposal.tokens.shape[1], len(taken), clock.times()
         return [
             choice
             if isinstance(choice, Exception)
-            else Round(choice.tokens, k, copied, len(choice.tokens) - 1, choice.likely, choice.logprobs, times)
+            else Round(choice.tokens, k, copied, len(choice.tokens) - 1, choice.likely, choice.logprobs, times, texts)
             for choice in taken
         ]
 

@@ -44,6 +44,7 @@ class Stats:
     generation_tokens: int = 0
     generation_seconds: float = 0.0  # all rounds
     rounds: int = 0
+    shares: int = 0  # texts of each of these rounds, this one included, added up
     drafted: int = 0
     accepted: int = 0
     copied: int = 0  # of the drafts, those that were copies of earlier or predicted text
@@ -75,6 +76,7 @@ class Stats:
             generation_tokens=self.generation_tokens + len(result.tokens),
             generation_seconds=self.generation_seconds + result.times.total,
             rounds=self.rounds + 1,
+            shares=self.shares + result.texts,
             drafted=self.drafted + drafted,
             accepted=self.accepted + accepted,
             copied=self.copied + copied,
@@ -105,6 +107,11 @@ class Stats:
     @property
     def tokens_per_round(self) -> float:
         return self.generation_tokens / self.rounds if self.rounds else 0.0
+
+    @property
+    def texts_per_round(self) -> float:
+        """How many texts were written together, on average; 1 for one that was alone."""
+        return self.shares / self.rounds if self.rounds else 0.0
 
     @property
     def accepted_per_position(self) -> list[float]:

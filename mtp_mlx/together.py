@@ -98,7 +98,7 @@ class Together:
         for writing in writings[1:]:
             if _fit([*mates, writing]):
                 mates.append(writing)
-        together = len(mates) > 1 and first.sequence.ready and self._pace.together(len(mates))
+        together = len(mates) > 1 and self._pace.together(len(mates))
         return mates if together else [first]
 
     def round(self, writings: Several[Writing]) -> list[Turn]:
@@ -151,11 +151,12 @@ def _fit(writings: list[Writing]) -> bool:
     if len(kinds) > 1 or not all(sequence.ready for sequence in sequences):
         return False
     rows = [sequence.batch.cache.capacity for sequence in sequences]
+    if len(set(rows)) == 1:
+        return True
     if max(rows) > max(SHORT, UNLIKE * min(rows)):
         return False
     held = [sequence.nbytes for sequence in sequences]
-    more = max(held) * len(held) - sum(held)
-    return more == 0 or more < memory.free_bytes()
+    return max(held) * len(held) - sum(held) < memory.free_bytes()
 
 
 class _Rate(NamedTuple):

@@ -21,7 +21,7 @@ from test_rounds import EXACT
 from mtp_mlx.accept import normalise
 from mtp_mlx.cache import MAX_BLOCK
 from mtp_mlx.draft_model import DraftModel
-from mtp_mlx.rounds import UNTOLD, Sequence
+from mtp_mlx.rounds import UNTOLD, Round, Sequence
 from mtp_mlx.types import Target
 
 FAMILIES = ["gemma4_ple", "gemma4_keqv", "qwen3_5_tied", "qwen3_5_moe"]
@@ -58,6 +58,40 @@ def test_a_model_that_drafts_for_itself_says_what_it_says_as_target(variant: str
                 assert gap(_says(sequence, k), rows[sequence.length]) < EXACT
                 sequence.round(k)
             assert sequence.text == text[: sequence.length + 1]
+
+
+@pytest.mark.parametrize("variant", FAMILIES)
+def test_in_a_batch_it_says_of_every_text_what_it_says_of_one_alone(variant: str) -> None:
+    """Texts that join with and without an unread block, and keep different numbers of copied tokens."""
+    target, _ = tiny_pair(variant)
+    text = varied_tokens(4 * WINDOW + 60, seed=5)
+    forced, rows = Forced(mx.array(text + [0] * 40)), one_pass(target, text)
+
+    def copy(sequence: Sequence, right: int, size: int) -> list[int]:
+        following = text[sequence.length + 1 :][:size]
+        return [(token + (place >= right)) % VOCAB for place, token in enumerate(following)]
+
+    texts = [open_sequence(target, DraftModel(target), forced) for _ in range(3)]
+    for sequence, length in zip(texts, (5, WINDOW + 1, 3 * WINDOW), strict=True):
+        sequence.prefill(text[:length], WINDOW, lambda done, total: None)
+    texts[0].round(0)
+    assert texts[1].round(copy(texts[1], 1, 4)).accepted == 1
+    texts[1].round(2)
+    batch = texts[0].batch
+    for sequence in texts[1:]:
+        batch.join(sequence.batch)
+    for rights in ((3, 0, 1), (0, 5, 5), (2, 2, 0)):
+        results = batch.round([copy(*case, 5) for case in zip(texts, rights, strict=True)])
+        assert [result.accepted for result in results if isinstance(result, Round)] == list(rights)
+        batch.round(0)
+        batch.round(2)
+    batch.release([texts[2]])
+    batch.round(3)
+    texts[2].round(3)
+    batch.release(texts)
+    for sequence in texts:
+        assert sequence.text == text[: sequence.length + 1]
+        assert gap(_says(sequence, 3), rows[sequence.length]) < EXACT
 
 
 @pytest.mark.parametrize("variant", FAMILIES)

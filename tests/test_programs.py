@@ -4,13 +4,24 @@ from dataclasses import dataclass, field
 
 import mlx.core as mx
 import pytest
-from conftest import DialledDrafter, Forced, certain, gap, needs_compiler, rows_of, run_rounds, tiny_pair, varied_tokens
+from conftest import (
+    WINDOW,
+    DialledDrafter,
+    Forced,
+    certain,
+    gap,
+    needs_compiler,
+    rows_of,
+    run_rounds,
+    tiny_pair,
+    varied_tokens,
+)
 from test_rounds import EXACT
 
 from mtp_mlx.cache import Cache, FullCache, RecurrentCache, SlidingCache
 from mtp_mlx.choosing import Drafts, Rules
 from mtp_mlx.programs import Programs, compiles
-from mtp_mlx.rounds import Sequence
+from mtp_mlx.rounds import Round, Sequence
 from mtp_mlx.sampling import Greedy, Sample
 from mtp_mlx.types import Output, Pair, Pick, Span, State
 
@@ -74,11 +85,13 @@ class Toy:
 
     def __call__(self, tokens: mx.array, cache: Cache, span: Span) -> Output:
         self.calls.append(span.length)
-        rows = mx.broadcast_to(tokens[:, None, :, None].astype(mx.float32), (1, 4, span.length, 128))
+        rows = mx.broadcast_to(tokens[:, None, :, None].astype(mx.float32), (tokens.shape[0], 4, span.length, 128))
         seen = [cache.attention(i).write(rows, rows, span) for i in range(len(self.layers))]
-        newest = sum(rows.keys[:, 0, 3, 0] + rows.values[:, 0, 3, 0] for rows in map(rows_of, seen))  # (B,)
-        logits = certain(((tokens + 1) % self.vocabulary).reshape(-1, 1)).reshape(1, span.length, -1)
-        return Output(logits + 0 * newest, self.embed(tokens))
+        newest = mx.zeros(tokens.shape[0])
+        for rows_seen in map(rows_of, seen):
+            newest = newest + rows_seen.keys[:, 0, 3, 0] + rows_seen.values[:, 0, 3, 0]
+        logits = certain(((tokens + 1) % self.vocabulary).reshape(-1, 1)).reshape(*tokens.shape, -1)
+        return Output(logits + 0 * newest.reshape(-1, 1, 1), self.embed(tokens))
 
 
 @dataclass(frozen=True)
@@ -133,6 +146,49 @@ def test_no_buffer_is_copied_whatever_a_round_does(replay: bool, k: int, compile
     accepted = {sequence.round(k).accepted for _ in range(12)}
     assert mx.get_peak_memory() - before < BUFFER / 4
     assert accepted == {0} if k == 0 else len(accepted) > 1
+
+
+@needs_compiler
+@pytest.mark.parametrize("k", [0, 3])
+def test_no_buffer_of_a_batch_is_copied(k: int, compiled: None) -> None:
+    target = Toy((FullCache(), SlidingCache(SLOTS // 2)), SLOTS // 2)
+    texts = []
+    for first in (1, 40):
+        target.layers = (FullCache(), SlidingCache(SLOTS // 2))
+        texts.append(Sequence(Pair(target, Reader()), Rules()))
+        texts[-1].prefill(list(range(first, first + 5)), 4, lambda done, total: None)
+    batch = texts[0].batch
+    batch.join(texts[1].batch)
+    for _ in range(3):
+        batch.round(k)
+    assert batch.cache.nbytes > 3.9 * BUFFER
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    rounds = [result for _ in range(12) for result in batch.round(k) if isinstance(result, Round)]
+    assert mx.get_peak_memory() - before < BUFFER / 4
+    assert len(rounds) == 24 and texts[1].text == [(40 + i) % 320 for i in range(len(texts[1].text))]
+    assert {result.accepted for result in rounds} == {0} if k == 0 else len({result.accepted for result in rounds}) > 1
+
+
+@needs_compiler
+def test_replayed_rounds_of_a_batch_equal_rounds_as_they_are_built(compiled: None) -> None:
+    target, drafter = tiny_pair("gemma4_keqv")
+
+    def written() -> list[list[int]]:
+        pair = Pair(target, drafter)
+        texts = [Sequence(pair, Rules(Sample(0.9), drafts=Sample(0.8)), seed) for seed in range(3)]
+        for sequence, length in zip(texts, (5, WINDOW, 3 * WINDOW), strict=True):
+            sequence.prefill(varied_tokens(length, seed=length), WINDOW, lambda done, total: None)
+            sequence.round(0)
+        for sequence in texts[1:]:
+            texts[0].batch.join(sequence.batch)
+        for k in (3, 2, 3, 0, 3, 3, 2, 0):
+            texts[0].batch.round(k)
+        return [sequence.text for sequence in texts]
+
+    replayed = written()
+    mx.disable_compile()
+    assert written() == replayed
 
 
 @needs_compiler

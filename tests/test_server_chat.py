@@ -52,6 +52,7 @@ def test_an_answer_has_the_shape_of_openai(served: Served) -> None:
     assert usage["prompt_tokens"] == len(served.engine.seen[-1].prompt)
     assert usage["completion_tokens"] == body["timings"]["predicted_n"] > 3
     assert body["speculation"].keys() >= {"depth", "reason", "tokens_per_round", "accepted_per_position", "alarm"}
+    assert body["speculation"]["texts_per_round"] == 1.0
 
 
 @pytest.mark.parametrize(

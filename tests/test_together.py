@@ -6,6 +6,7 @@ import mlx.core as mx
 import pytest
 from conftest import (
     VARIANTS,
+    VOCAB,
     WINDOW,
     DialledDrafter,
     Forced,
@@ -114,6 +115,33 @@ def test_the_drafter_proposes_what_it_would_for_a_text_alone(variant: str, rows:
     assert [row for sequence in together for row in drafted(sequence, 5)] == proposed
 
 
+@pytest.mark.parametrize("variant", ["gemma4_keqv", "qwen3_5_tied"])
+def test_a_drafter_that_is_told_later_learns_of_what_each_text_has_kept(variant: str) -> None:
+    """Plain rounds and copies tell it nothing at first, and copies are kept unevenly."""
+    text, forced, _ = _along(variant)
+    target, drafter = tiny_pair(variant)
+
+    def copy(sequence: Sequence, right: int) -> list[int]:
+        following = text[sequence.length + 1 :][:4]
+        return [(token + (place >= right)) % VOCAB for place, token in enumerate(following)]
+
+    def opened() -> list[Sequence]:
+        return [_begun(open_sequence(target, drafter, forced), text[:length]) for length in (5, WINDOW, 2 * WINDOW)]
+
+    batch, alone = _joined(opened()), opened()
+    plans: list[tuple[int, ...] | int] = [0, 0, (3, 0, 1), 0, (2, 2, 2), 0, (0, 4, 0), 2, (1, 0, 3), 0]
+    for plan in plans:
+        rights = (plan,) * 3 if isinstance(plan, int) else plan
+        copied = not isinstance(plan, int)
+        cases = list(zip(alone, batch.sequences, rights, strict=True))
+        batch.round([copy(sequence, right) for _, sequence, right in cases] if copied else rights[0])
+        for single, _, right in cases:
+            single.round(copy(single, right) if copied else right)
+        assert [sequence.text for sequence in batch.sequences] == [sequence.text for sequence in alone]
+    batch.commit()
+    assert drafted(batch.sequences[0], 5) == [row for sequence in alone for row in _proposed(sequence)]
+
+
 def _proposed(sequence: Sequence) -> list[list[int]]:
     sequence.commit()
     return drafted(sequence, 5)
@@ -174,13 +202,13 @@ def test_quantised_caches_are_batched_too(variant: str, bits: int) -> None:
 def test_rows_of_different_capacity_meet(variant: str) -> None:
     """One text has outgrown the smallest buffers, the other has not; both grow on in one batch."""
     target, drafter = tiny_pair(variant)
-    long, short = varied_tokens(300, seed=1), varied_tokens(20, seed=2)
-    batch = _joined([_begun(open_sequence(target, drafter, Greedy()), prompt) for prompt in (short, long)])
-    truths = [plain(target, prompt, 40) for prompt in (short, long)]
-    while min(len(sequence.text) for sequence in batch.sequences) < 60:
+    prompts = varied_tokens(20, seed=2), varied_tokens(300, seed=1), varied_tokens(30, seed=3)
+    batch = _joined([_begun(open_sequence(target, drafter, Greedy()), prompt) for prompt in prompts])
+    for _ in range(20):
         _sound(batch.round(3))
-    for sequence, prompt, truth in zip(batch.sequences, (short, long), truths, strict=True):
-        assert sequence.text[len(prompt) :][:40] == truth
+    for sequence, prompt in zip(batch.sequences, prompts, strict=True):
+        written = sequence.text[len(prompt) :]
+        assert written == plain(target, prompt, len(written))
 
 
 @pytest.mark.parametrize("variant", ["gemma4_keqv", "qwen3_5_dense"])

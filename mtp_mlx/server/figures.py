@@ -52,6 +52,7 @@ def speculation(stats: Stats) -> dict[str, Any]:
         "reason": stats.depth_reason,
         "rounds": stats.rounds,
         "tokens_per_round": stats.tokens_per_round,
+        "texts_per_round": stats.texts_per_round,
         "accepted_per_position": stats.accepted_per_position,
         "alarm": stats.alarm,
     }
