@@ -181,6 +181,8 @@ def test_bad_options_are_refused_before_anything_is_loaded(tmp_path: Path) -> No
         command(model="nowhere", repeats=0, out=tmp_path)
     with pytest.raises(RequestError, match="--tokens 1 leaves nothing to time"):
         command(model="nowhere", tokens=1, out=tmp_path)
+    with pytest.raises(RequestError, match="--quick means one repeat, and --repeats 5 is given too"):
+        command(model="nowhere", repeats=5, quick=True, out=tmp_path)
     with pytest.raises(RequestError, match="nothing can be written to the folder --out"):
         command(model="nowhere", out=file / "folder")
     with pytest.raises(CheckpointError):

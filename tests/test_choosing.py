@@ -110,9 +110,7 @@ def test_mlx_lms_samplers_and_processors_write_mlx_lms_text(temperature: float, 
     mx.random.seed(7)
     expected = [
         int(token)
-        for token, _ in generate_step(
-            mx.array(prompt), other, max_tokens=20, sampler=sampler, logits_processors=chain
-        )
+        for token, _ in generate_step(mx.array(prompt), other, max_tokens=20, sampler=sampler, logits_processors=chain)
     ]
     for k, drafter in ((0, own), (3, own), (4, DialledDrafter.dial(prompt + expected, 0.7))):
         mx.random.seed(7)

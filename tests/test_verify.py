@@ -589,6 +589,7 @@ BAD = {
     "depth is a word": (["--depth", "fast"], "--depth fast"),
     "few tokens": (["--tokens", "1"], "1 tokens leave nothing"),
     "temperature": (["--temp", "-1"], "temperature"),
+    "filter of nothing": (["--temp", "0", "--min-p", "0.1"], "--min-p 0.1 is for texts with --temp above 0"),
     "seed": (["--seed", "-1"], "seed -1"),
     "prompts": (["--prompts", "/nowhere"], "--prompts /nowhere cannot be read"),
 }
