@@ -80,11 +80,6 @@ class Conversations:
         self._template = Template(tokenizer)
         self._replay = Replay(tokenizer)
 
-    @property
-    def can_switch_thinking(self) -> bool:
-        """Whether `thinking` changes anything."""
-        return self.has_template and self._template.traits.thinking
-
     def prompt(self, talk: Talk) -> Prompt:
         """The prompt for the answer.
 

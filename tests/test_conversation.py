@@ -58,7 +58,7 @@ def test_a_prompt_is_what_the_library_makes_of_it() -> None:
 def test_a_model_without_template_cannot_chat_but_encode() -> None:
     _, wrapper = load(DEMO)
     chat = Conversations(wrapper, PLAIN)
-    assert not chat.has_template and not chat.can_switch_thinking and conversations().has_template
+    assert not chat.has_template and conversations().has_template
     for ask in (chat.prompt, chat.text):
         with pytest.raises(CheckpointError, match="no chat template"):
             ask(Talk([user("hello")]))
@@ -71,7 +71,6 @@ def test_a_model_without_template_cannot_chat_but_encode() -> None:
 
 def test_thinking_is_switched() -> None:
     chat = conversations()
-    assert chat.can_switch_thinking and not conversations(STRICT).can_switch_thinking
     assert chat.text(Talk(TALK, thinking=True)).endswith("<think>\n")
     assert chat.text(Talk(TALK, thinking=False)).endswith("</think>\n\n")
     assert "<|think|>" in conversations(BRACES).text(Talk(TALK, thinking=True))
