@@ -104,6 +104,7 @@ class Conversation:
         self._dialect = find_dialect(loaded.tokenizer.get_vocab())
         self._options = replace(options, stops=self._dialect.stops)
         self._conversations = Conversations(loaded.tokenizer, self._dialect)
+        self._conversations.check_switch(thinking)
         self._engine = Engine(loaded.pair, loaded.tokenizer, prefixes)
         self._last: Piece | None = None
 

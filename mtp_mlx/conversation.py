@@ -80,6 +80,11 @@ class Conversations:
         self._template = Template(tokenizer)
         self._replay = Replay(tokenizer)
 
+    def check_switch(self, thinking: bool | None) -> None:
+        """Raises RequestError where thinking is to be switched on or off and the template decides that by itself."""
+        if thinking is not None and not (self.has_template and self._template.traits.thinking):
+            raise RequestError("the model's chat template has no switch for thinking; leave --think and --no-think out")
+
     def prompt(self, talk: Talk) -> Prompt:
         """The prompt for the answer.
 

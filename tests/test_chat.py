@@ -110,6 +110,7 @@ def test_an_answer_that_fails_ends_its_line(monkeypatch: pytest.MonkeyPatch) -> 
         (["--model", "demo"], "demo has no chat template, so it cannot chat; try mtp-mlx generate"),
         (["--model", MODEL, "--depth", "fast"], "--depth fast"),
         (["--model", MODEL, "--temp", "-1"], "temperature"),
+        (["--model", MODEL, "--no-think"], "no switch for thinking; leave --think and --no-think out"),
         (["--model", MODEL, "--top-k", "40"], "--top-k 40 is for texts with --temp above 0"),
     ],
 )

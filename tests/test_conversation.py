@@ -69,6 +69,14 @@ def test_a_model_without_template_cannot_chat_but_encode() -> None:
 # options
 
 
+def test_a_switch_that_a_template_does_not_have_is_refused() -> None:
+    for wanted in (True, False):
+        conversations().check_switch(wanted)
+        with pytest.raises(RequestError, match="no switch for thinking; leave --think and --no-think out"):
+            conversations(STRICT).check_switch(wanted)
+    conversations(STRICT).check_switch(None)
+
+
 def test_thinking_is_switched() -> None:
     chat = conversations()
     assert chat.text(Talk(TALK, thinking=True)).endswith("<think>\n")

@@ -30,6 +30,7 @@ MODEL = str(FIXTURES / "gemma4_keqv")
         (["--api-key", "x", "--api-key-file", "y"], "leave one out"),
         (["--api-key-file", "/no/such/file"], "cannot be read"),
         (["--host", "no.such.host.invalid"], "no address of this machine"),
+        (["--think"], "no switch for thinking"),
     ],
 )
 def test_bad_options_are_one_line(arguments: list[str], message: str) -> None:
