@@ -16,13 +16,15 @@ from mtp_mlx.cli.options import Drafter, DrafterBits, Model, Parts
 from mtp_mlx.errors import RequestError
 from mtp_mlx.hub import DEMO, find
 
+REPEATS = 3
+
 
 def command(
     model: Model = DEMO,
     drafter: Drafter = "auto",
     drafter_bits: DrafterBits = "auto",
     tokens: Annotated[int, typer.Option(help="Tokens of each text at most.")] = 128,
-    repeats: Annotated[int, typer.Option(help="Counted repeats; the figures are medians.")] = 3,
+    repeats: Annotated[int, typer.Option(help="Counted repeats; the figures are medians.")] = REPEATS,
     quick: Annotated[bool, typer.Option("--quick", help="One repeat of two prompts at one depth.")] = False,
     out: Annotated[Path, typer.Option(help="Folder for bench.json and bench.svg.")] = Path("mtp-mlx-bench"),
 ) -> None:
@@ -30,7 +32,7 @@ def command(
 
     Example: mtp-mlx bench --model google/gemma-4-E4B-it --out results
     """
-    _check(tokens, repeats, out)
+    _check(tokens, repeats, quick, out)
     with Notes(verbose=False) as notes:
         loaded = Parts(model, drafter, drafter_bits=drafter_bits).load()
         note(f"drafter: {loaded.drafter or 'none'} ({loaded.drafter_reason})")
@@ -53,12 +55,14 @@ def command(
     note(f"figures in {out / 'bench.json'}, picture in {out / 'bench.svg'}")
 
 
-def _check(tokens: int, repeats: int, out: Path) -> None:
+def _check(tokens: int, repeats: int, quick: bool, out: Path) -> None:
     """Raises RequestError for what could only fail after minutes of measuring."""
     if tokens < 2:
         raise RequestError(f"--tokens {tokens} leaves nothing to time; give at least 2, better 128")
     if repeats < 1:
         raise RequestError(f"--repeats {repeats} must be at least 1")
+    if quick and repeats != REPEATS:
+        raise RequestError(f"--quick means one repeat, and --repeats {repeats} is given too; leave one out")
     try:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out):

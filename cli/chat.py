@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from mtp_mlx.cli.display import Notes, Progress, Writer, note, stats_table
+from mtp_mlx.cli.display import Notes, PromptBar, Writer, note, stats_table
 from mtp_mlx.cli.options import (
     Adapter,
     Cached,
@@ -24,17 +24,18 @@ from mtp_mlx.cli.options import (
     Temperature,
     TopK,
     TopP,
+    check_drawn,
     parse_depth,
 )
-from mtp_mlx.conversation import Conversations
+from mtp_mlx.conversation import Conversations, Talk
 from mtp_mlx.dialects import find_dialect
 from mtp_mlx.engine import Engine, Piece, Request
 from mtp_mlx.errors import MTPError, RequestError
-from mtp_mlx.generation import check_text
 from mtp_mlx.hub import DEMO
 from mtp_mlx.loading import Loaded
 from mtp_mlx.options import Options
 from mtp_mlx.prefixes import Prefixes
+from mtp_mlx.prompts import check_text
 from mtp_mlx.sampling import choose_sampler
 from mtp_mlx.speech import Content, Event, Parser, Reasoning
 
@@ -71,8 +72,10 @@ def command(
 
     Example: mtp-mlx chat --model google/gemma-4-E4B-it --temp 1 --top-p 0.95
     """
-    options = Options(max_tokens, parse_depth(depth), choose_sampler(temp, top_p, min_p, top_k), seed=seed)
-    cached = Cached(prompt_cache)
+    sampler = choose_sampler(temp, top_p, min_p, top_k)
+    check_drawn(temp, top_p=(top_p, 1), min_p=(min_p, 0), top_k=(top_k, 0))
+    options = Options(max_tokens, parse_depth(depth), sampler, seed=seed)
+    cached = Cached.parse(prompt_cache)
     with Notes(verbose) as notes:
         loaded = Parts(model, drafter, dtype, drafter_bits, kv_bits, adapter).load()
         if not loaded.tokenizer.has_chat_template:
@@ -101,6 +104,7 @@ class Conversation:
         self._dialect = find_dialect(loaded.tokenizer.get_vocab())
         self._options = replace(options, stops=self._dialect.stops)
         self._conversations = Conversations(loaded.tokenizer, self._dialect)
+        self._conversations.check_switch(thinking)
         self._engine = Engine(loaded.pair, loaded.tokenizer, prefixes)
         self._last: Piece | None = None
 
@@ -134,11 +138,11 @@ class Conversation:
     def _answer(self, line: str) -> None:
         check_text(line)
         asked = [*self._said, {"role": "user", "content": line}]
-        prompt = self._conversations.prompt(asked, thinking=self._thinking)
+        prompt = self._conversations.prompt(Talk(asked, thinking=self._thinking))
         stream = self._engine.stream(Request(prompt.ids, self._options, marks=prompt.marks))
         answer = Answer(Parser(self._dialect, tools={}, starts_thinking=prompt.starts_thinking))
         try:
-            with Progress() as progress, suppress(KeyboardInterrupt):
+            with PromptBar() as progress, suppress(KeyboardInterrupt):
                 for event in stream:
                     if isinstance(event, Piece):
                         answer.take(event)

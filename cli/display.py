@@ -28,6 +28,10 @@ STYLES: dict[Origin, Style] = {
     "bonus": Style(color="blue"),
 }
 PALE = Style(dim=True)
+# What a model writes must not move a terminal's cursor, or do worse: control characters are shown by their pictures,
+# those of the upper half, which have none, as what cannot be shown.
+PICTURES = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"}
+PICTURES |= {0x7F: 0x2421} | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
 
 _stderr = Console(stderr=True, highlight=False)
 
@@ -78,7 +82,7 @@ def loading(model: str, drafter: str | None = None) -> Iterator[None]:
         yield
 
 
-class Progress:
+class PromptBar:
     """A bar while a long prompt is read; gone when the first token comes."""
 
     def __init__(self) -> None:
@@ -91,7 +95,7 @@ class Progress:
         )
         self._task: bars.TaskID | None = None
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self) -> "PromptBar":
         return self
 
     def __exit__(
@@ -148,10 +152,11 @@ class Transfer:
 
 
 class Writer:
-    """Streams text to stdout; in colour only where a terminal shows it."""
+    """Streams text to stdout; in colour only where a terminal shows it, and there without control characters."""
 
     def __init__(self, show_drafts: bool):
         console = Console()
+        self._harmless = sys.stdout.isatty()
         self._show_drafts = show_drafts
         self._coloured = console.color_system is not None and not console.no_color
         self._at_line_start = True
@@ -160,6 +165,8 @@ class Writer:
         if not text:
             return
         self._at_line_start = text.endswith("\n")
+        if self._harmless:
+            text = text.translate(PICTURES)
         if self._coloured and (pale or self._show_drafts):
             text = (PALE if pale else STYLES[origin]).render(text, color_system=ColorSystem.STANDARD)
         sys.stdout.write(text)

@@ -2,15 +2,16 @@
 
 import json
 import sys
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from mtp_mlx.choosing import Drafts
-from mtp_mlx.cli.display import Notes, Progress, Writer, note, stats_table, versions
+from mtp_mlx.cli.display import Notes, PromptBar, Writer, note, stats_table, versions
 from mtp_mlx.cli.options import (
     Adapter,
     Depth,
@@ -24,18 +25,22 @@ from mtp_mlx.cli.options import (
     Temperature,
     TopK,
     TopP,
+    check_drawn,
     parse_depth,
 )
 from mtp_mlx.conversation import in_chat_template
 from mtp_mlx.errors import RequestError
 from mtp_mlx.generate import stream_generate
-from mtp_mlx.generation import Response, check_text
+from mtp_mlx.generation import Response
 from mtp_mlx.hub import DEMO, DEMOS
 from mtp_mlx.loading import Loaded
 from mtp_mlx.options import DEFAULT_MAX_TOKENS, DEFAULT_PREFILL_STEP
 from mtp_mlx.penalties import Penalties
+from mtp_mlx.prompts import check_text
 from mtp_mlx.sampling import Sample, Sampler, choose_sampler
 
+DEFAULT_PENALTY_CONTEXT = 20
+DEFAULT_XTC_THRESHOLD = 0.1
 DEMO_PROMPT = '''\
 import unittest
 
@@ -65,7 +70,9 @@ def command(
     xtc_probability: Annotated[
         float, typer.Option(help="How often the most probable choices are left out (XTC); 0 is off.")
     ] = 0.0,
-    xtc_threshold: Annotated[float, typer.Option(help="Probability from which XTC counts a token as a choice.")] = 0.1,
+    xtc_threshold: Annotated[float, typer.Option(help="Probability from which XTC counts a token as a choice.")] = (
+        DEFAULT_XTC_THRESHOLD
+    ),
     repetition_penalty: Annotated[
         float, typer.Option(help="Divide the logits of recent tokens by this (multiply negative ones); 1 is off.")
     ] = 1.0,
@@ -75,7 +82,9 @@ def command(
     frequency_penalty: Annotated[
         float, typer.Option(help="Subtract this for every recent occurrence of a token; 0 is off.")
     ] = 0.0,
-    penalty_context: Annotated[int, typer.Option(help="How many tokens back the three penalties look.")] = 20,
+    penalty_context: Annotated[int, typer.Option(help="How many tokens back the three penalties look.")] = (
+        DEFAULT_PENALTY_CONTEXT
+    ),
     logit_bias: Annotated[
         list[str] | None, typer.Option(help="ID=VALUE is added to the logit of token ID; give it once for each.")
     ] = None,
@@ -121,48 +130,81 @@ def command(
 
     Example: mtp-mlx generate "def fibonacci(n):" --depth 4 --show-drafts
     """
+    if show_drafts and as_json:
+        raise RequestError("--show-drafts colours the text, and --json prints none; leave one out")
     parsed_depth = parse_depth(depth)
     if prediction is not None and parsed_depth == 0:
         raise RequestError(f"--prediction {prediction} is tried as drafts, and --depth 0 allows none; leave one out")
     sampler = choose_sampler(temp, top_p, min_p, top_k, xtc_probability=xtc_probability, xtc_threshold=xtc_threshold)
-    penalties = Penalties(
-        repetition=repetition_penalty,
-        repetition_context=penalty_context,
-        presence=presence_penalty,
-        presence_context=penalty_context,
-        frequency=frequency_penalty,
-        frequency_context=penalty_context,
-        bias=parse_bias(logit_bias or []),
+    check_drawn(temp, top_p=(top_p, 1), min_p=(min_p, 0), top_k=(top_k, 0), xtc_probability=(xtc_probability, 0))
+    if xtc_threshold != DEFAULT_XTC_THRESHOLD and not xtc_probability:
+        raise RequestError(f"--xtc-threshold {xtc_threshold:g} is for --xtc-probability above 0; give that too")
+    write = partial(
+        stream_generate,
+        max_tokens=max_tokens,
+        depth=parsed_depth,
+        sampler=sampler,
+        penalties=parse_penalties(
+            repetition_penalty, presence_penalty, frequency_penalty, penalty_context, logit_bias or []
+        ),
+        seed=seed,
+        drafts=parse_drafts(drafts, sampler, draft_temp),
+        lookup=lookup,
+        prediction=None if prediction is None else _read_file(prediction),
+        prefill_step_size=prefill_step_size,
     )
-    drawn = parse_drafts(drafts, sampler, draft_temp)
-    predicted = None if prediction is None else _read_file(prediction)
     text = _read_prompt(prompt, model)
-    with Notes(verbose) as notes, Progress() as progress:
-        loaded = Parts(model, drafter, dtype, drafter_bits, kv_bits, adapter).load()
-        if verbose or (drafter == "auto" and not loaded.expected and not as_json):  # which has it among the figures
+    parts = Parts(model, drafter, dtype, drafter_bits, kv_bits, adapter)
+    _run(parts, text, write, _Manner(show_drafts, stats, verbose, as_json, ignore_chat_template))
+
+
+@dataclass(frozen=True)
+class _Manner:
+    """What a user wants to see, and how the prompt is meant."""
+
+    show_drafts: bool
+    stats: bool
+    verbose: bool
+    as_json: bool
+    plain_prompt: bool
+
+
+def _run(parts: Parts, text: str, write: Callable[..., Iterator[Response]], manner: _Manner) -> None:
+    with Notes(manner.verbose) as notes, PromptBar() as bar:
+        loaded = parts.load()
+        # In a JSON object the drafter is among the figures.
+        surprising = parts.drafter == "auto" and not loaded.expected and not manner.as_json
+        if manner.verbose or surprising:
             note(f"drafter: {loaded.drafter or 'none'} ({loaded.drafter_reason})")
         if loaded.adapter:
             note(f"adapter: {loaded.adapter}")
         notes.show()
-        responses = stream_generate(
-            loaded.pair,
-            loaded.tokenizer,
-            text if ignore_chat_template else in_chat_template(loaded.tokenizer, text),
-            max_tokens=max_tokens,
-            depth=parsed_depth,
-            sampler=sampler,
-            penalties=penalties,
-            seed=seed,
-            drafts=drawn,
-            lookup=lookup,
-            prediction=predicted,
-            prefill_step_size=prefill_step_size,
-            prompt_progress_callback=progress,
-        )
-        if as_json:
+        prompt = text if manner.plain_prompt else in_chat_template(loaded.tokenizer, text)
+        responses = write(loaded.pair, loaded.tokenizer, prompt, prompt_progress_callback=bar)
+        if manner.as_json:
             _print_json(responses, loaded)
         else:
-            _print_text(responses, show_drafts, loaded if stats else None)
+            _print_text(responses, manner.show_drafts, loaded if manner.stats else None)
+
+
+def parse_penalties(
+    repetition: float, presence: float, frequency: float, context: int, bias: Iterable[str]
+) -> Penalties:
+    """The penalties over so many recent tokens, and the bias. Raises RequestError for what would not be used."""
+    if context != DEFAULT_PENALTY_CONTEXT and (repetition, presence, frequency) == (1.0, 0.0, 0.0):
+        raise RequestError(
+            f"--penalty-context {context} is for --repetition-penalty, --presence-penalty or --frequency-penalty; "
+            "give one of them too"
+        )
+    return Penalties(
+        repetition=repetition,
+        repetition_context=context,
+        presence=presence,
+        presence_context=context,
+        frequency=frequency,
+        frequency_context=context,
+        bias=parse_bias(bias),
+    )
 
 
 def parse_drafts(name: str, sampler: Sampler, temperature: float | None) -> Drafts | None:
@@ -180,7 +222,7 @@ def parse_drafts(name: str, sampler: Sampler, temperature: float | None) -> Draf
     return "argmax" if name == "argmax" else "coupled"  # at temperature 0 they are the same
 
 
-def parse_bias(given: list[str]) -> tuple[tuple[int, float], ...]:
+def parse_bias(given: Iterable[str]) -> tuple[tuple[int, float], ...]:
     """Pairs of token and bias from ID=VALUE. Raises RequestError for anything else."""
     pairs: list[tuple[int, float]] = []
     for entry in given:

@@ -115,6 +115,14 @@ def parse_depth(depth: str) -> int | str:
         raise RequestError(f"--depth {depth} is neither 'auto' nor a number of drafts") from None
 
 
+def check_drawn(temperature: float, **filters: tuple[float, float]) -> None:
+    """Raises RequestError for a filter of what is drawn, given with its value that is off, where nothing is drawn."""
+    for name, (given, off) in filters.items():
+        if temperature == 0 and given != off:
+            option = name.replace("_", "-")
+            raise RequestError(f"--{option} {given:g} is for texts with --temp above 0; at 0 nothing is drawn")
+
+
 def parse_size(given: str, option: str) -> int | None:
     """Bytes, None for 'auto'. Raises RequestError for anything but a size."""
     if given == "auto":
@@ -127,24 +135,22 @@ def parse_size(given: str, option: str) -> int | None:
 
 @dataclass(frozen=True)
 class Cached:
-    """The prompt cache as it was asked for. Raises RequestError for what is no size."""
+    """The prompt cache as it was asked for, in bytes."""
 
-    memory: str = "auto"
+    memory: int | None = None  # None: a part of what is free
     folder: Path | None = None
-    disk: str = "auto"
+    disk: int = DISK
 
-    def __post_init__(self) -> None:
-        parse_size(self.memory, "--prompt-cache")
-        parse_size(self.disk, "--prompt-cache-disk")
-        if self.folder is None and self.disk != "auto":
-            raise RequestError(f"--prompt-cache-disk {self.disk} bounds --prompt-cache-dir, which is not given")
+    @classmethod
+    def parse(cls, memory: str, folder: Path | None = None, disk: str = "auto") -> "Cached":
+        """Raises RequestError for what is no size."""
+        held, kept = parse_size(memory, "--prompt-cache"), parse_size(disk, "--prompt-cache-disk")
+        if folder is None and kept is not None:
+            raise RequestError(f"--prompt-cache-disk {disk} bounds --prompt-cache-dir, which is not given")
+        return cls(held, folder, DISK if kept is None else kept)
 
     def open(self, loaded: Loaded) -> Prefixes:
         """For a pair that has been loaded, in a part of the memory that it leaves free."""
-        held, kept = parse_size(self.memory, "--prompt-cache"), parse_size(self.disk, "--prompt-cache-disk")
-        if held is None:
-            held = max(0, memory.free_bytes()) // 4
-        store = None
-        if self.folder is not None:
-            store = Store.open(self.folder, identity(loaded), DISK if kept is None else kept)
+        held = max(0, memory.free_bytes()) // 4 if self.memory is None else self.memory
+        store = None if self.folder is None else Store.open(self.folder, identity(loaded), self.disk)
         return Prefixes(loaded.pair, held, store=store)

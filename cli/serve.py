@@ -84,5 +84,5 @@ def command(
     door = Door(host, port, tuple(allow_host or ()), tuple(allow_origin or ()), api_key, api_key_file)
     defaults = Defaults(max_tokens, temp, top_p, top_k, min_p, parse_depth(depth), think)
     parts = Parts(model, drafter, dtype, drafter_bits, kv_bits, adapter)
-    cached = Cached(prompt_cache, prompt_cache_dir, prompt_cache_disk)
+    cached = Cached.parse(prompt_cache, prompt_cache_dir, prompt_cache_disk)
     serve(parts, cached, door, defaults, tuple(name or ()), ctx, parallel, log_level)

@@ -81,6 +81,7 @@ def serve(
         _report(log_level)
         engine = Engine(loaded.pair, loaded.tokenizer, cached.open(loaded), slots=slots)
         service = Service.of(loaded, engine, slots=slots, names=names, context=context, defaults=defaults)
+        service.conversations.check_switch(defaults.thinking)
         threading.Thread(target=service.prepare, daemon=True).start()
         bound.listen()  # who comes at once is answered as soon as the application is made
         _announce(loaded, service, bound, key if made else None)

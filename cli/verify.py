@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from mtp_mlx.cli.display import Notes, versions
-from mtp_mlx.cli.options import Adapter, Drafter, DrafterBits, KvBits, Model, Parts, parse_depth
+from mtp_mlx.cli.options import Adapter, Drafter, DrafterBits, KvBits, Model, Parts, check_drawn, parse_depth
 from mtp_mlx.conversation import in_chat_template
 from mtp_mlx.errors import RequestError
 from mtp_mlx.generation import encode
@@ -65,6 +65,7 @@ def command(
     """
     check_seed(seed)
     sampler = choose_sampler(temp, top_p, min_p, top_k)
+    check_drawn(temp, top_p=(top_p, 1), min_p=(min_p, 0), top_k=(top_k, 0))
     depths = tuple(parse_depth(given) for given in depth) if depth else Plan.depths
     texts = PROMPTS if prompts is None else read_prompts(prompts)
     with Notes(verbose=False) as notes:

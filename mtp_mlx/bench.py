@@ -41,7 +41,7 @@ PEER, PLAIN, AUTO = "mlx-lm", "depth 0", "depth auto"  # arms that mean somethin
 WORTH = 1.03  # the ratio from which drafting is said to pay; below it is noise
 COST_ROUNDS = 7  # of every kind, for the table of costs
 
-Progress = Callable[[str], None]
+Watch = Callable[[str], None]  # told what is being done
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Plan:
     temperature: float = 0.0
 
 
-def measure(pair: Pair, tokenizer: TokenizerWrapper, folder: Path, plan: Plan, progress: Progress) -> "Comparison":
+def measure(pair: Pair, tokenizer: TokenizerWrapper, folder: Path, plan: Plan, watch: Watch) -> "Comparison":
     """Compare every depth of a pair with plain decoding and with mlx-lm's, on the checkpoint in `folder`.
 
     Raises RequestError for texts too short to be timed.
@@ -69,7 +69,7 @@ def measure(pair: Pair, tokenizer: TokenizerWrapper, folder: Path, plan: Plan, p
         notes += _peer_notes(pair.target)
     except CheckpointError as error:
         notes.append(str(error))
-    results = compare(arms, plan.prompts, plan.repeats, progress)
+    results = compare(arms, plan.prompts, plan.repeats, watch)
     spent = costs(pair, plan.prompts[0], depths, [1, *(k + 1 for k in depths)], COST_ROUNDS)
     return Comparison(results, spent, tuple(notes))
 
@@ -333,7 +333,7 @@ def _speed(texts: Collection[Text]) -> float:
     return sum(text.timed for text in texts) / sum(text.seconds for text in texts)
 
 
-def compare(arms: list[Arm], prompts: list[list[int]], repeats: int, progress: Progress) -> dict[str, Result]:
+def compare(arms: list[Arm], prompts: list[list[int]], repeats: int, watch: Watch) -> dict[str, Result]:
     """What every arm writes after every prompt, `repeats` times over, by name.
 
     Raises RequestError for texts too short to be timed.
@@ -344,7 +344,7 @@ def compare(arms: list[Arm], prompts: list[list[int]], repeats: int, progress: P
             texts = tuple(arm.write(prompt, seed) for seed, prompt in enumerate(prompts))
             if not any(text.timed for text in texts):
                 raise RequestError(f"{arm.name} ends every text within its first round; allow more tokens")
-            progress(f"repeat {repeat} of {repeats}, {arm.name}: {_speed(texts):.1f} tok/s")
+            watch(f"repeat {repeat} of {repeats}, {arm.name}: {_speed(texts):.1f} tok/s")
             if repeat:
                 written[arm.name].append(texts)
     return {name: Result(name, tuple(texts)) for name, texts in written.items()}

@@ -2,9 +2,8 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import takewhile
-from types import MappingProxyType
 from typing import Any
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -13,13 +12,13 @@ from mtp_mlx.dialects import Dialect, find_dialect
 from mtp_mlx.errors import CheckpointError, RequestError
 from mtp_mlx.marks import Mark
 from mtp_mlx.messages import Message, read_messages, read_tools
+from mtp_mlx.prompts import check_text, lacks_special
 from mtp_mlx.replay import Encoded, Replay
 from mtp_mlx.templates import Template
 
 # How much a model is to reason -> whether at all.
 EFFORTS = {"none": False, "minimal": True, "low": True, "medium": True, "high": True, "xhigh": True, "max": True}
 
-_NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
 # What a template's options may not be named: arguments of the rendering, and functions that templates call.
 _RESERVED = {
     *("add_generation_prompt", "chat_template", "continue_final_message", "conversation", "documents", "max_length"),
@@ -44,7 +43,24 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class _Talk:
+class Talk:
+    """Messages and tools in the shape of OpenAI's chat completions, and how a model is to answer them.
+
+    `thinking` and `effort` say whether and how much to reason; a template that has no switch for it decides by
+    itself. `template_options` are handed to the template. With `continue_last` the model goes on with the last
+    message, which must be the assistant's, where it stops.
+    """
+
+    messages: Sequence[Mapping[str, Any]]
+    tools: Sequence[Mapping[str, Any]] = ()
+    thinking: bool | None = None
+    effort: str | None = None
+    template_options: Mapping[str, Any] = field(default_factory=dict)
+    continue_last: bool = False
+
+
+@dataclass(frozen=True)
+class _Fitted:
     """What a template is given. `other` begins as the messages do, up to where the system has spoken."""
 
     messages: list[Message]
@@ -64,47 +80,25 @@ class Conversations:
         self._template = Template(tokenizer)
         self._replay = Replay(tokenizer)
 
-    @property
-    def can_switch_thinking(self) -> bool:
-        """Whether `thinking` changes anything."""
-        return self.has_template and self._template.traits.thinking
+    def check_switch(self, thinking: bool | None) -> None:
+        """Raises RequestError where thinking is to be switched on or off and the template decides that by itself."""
+        if thinking is not None and not (self.has_template and self._template.traits.thinking):
+            raise RequestError("the model's chat template has no switch for thinking; leave --think and --no-think out")
 
-    def prompt(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        tools: Sequence[Mapping[str, Any]] = (),
-        *,
-        thinking: bool | None = None,
-        effort: str | None = None,
-        template_options: Mapping[str, Any] = _NO_OPTIONS,
-        continue_last: bool = False,
-    ) -> Prompt:
-        """The prompt for the answer to messages and tools in the shape of OpenAI's chat completions.
-
-        `thinking` and `effort` say whether and how much to reason; a template that has no switch for it decides by
-        itself. `template_options` are handed to the template. With `continue_last` the model goes on with the last
-        message, which must be the assistant's, where it stops.
+    def prompt(self, talk: Talk) -> Prompt:
+        """The prompt for the answer.
 
         Raises RequestError for messages that cannot be rendered, CheckpointError if the model has no chat template.
         """
-        talk = self._talk(messages, tools, thinking, effort, template_options, continue_last)
-        text = self._rendered(talk)
+        fitted = self._fitted(talk)
+        text = self._rendered(fitted)
         encoded = self._replay.encode(text)
-        marks = tuple(sorted(set(self._marks(talk, text, encoded))))
-        return Prompt(encoded.ids, marks, self._starts_thinking(talk, text, encoded.ids))
+        marks = tuple(sorted(set(self._marks(fitted, text, encoded))))
+        return Prompt(encoded.ids, marks, self._starts_thinking(fitted, text, encoded.ids))
 
-    def text(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        tools: Sequence[Mapping[str, Any]] = (),
-        *,
-        thinking: bool | None = None,
-        effort: str | None = None,
-        template_options: Mapping[str, Any] = _NO_OPTIONS,
-        continue_last: bool = False,
-    ) -> str:
+    def text(self, talk: Talk) -> str:
         """The text of which `prompt` gives the ids."""
-        return self._rendered(self._talk(messages, tools, thinking, effort, template_options, continue_last))
+        return self._rendered(self._fitted(talk))
 
     def remember(self, ids: list[int]) -> None:
         """Let prompts that begin with the text of these ids, a prompt and its answer, begin with these very ids."""
@@ -112,32 +106,22 @@ class Conversations:
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids of a text that is no conversation. Special tokens are added unless it begins with BOS, or not."""
-        _check_text(text)
-        bos: str | None = self._tokenizer.bos_token
-        bare = bos is None or not text.startswith(bos)
-        return self._replay.encode(text, special and bare).ids if text else []
+        check_text(text)
+        return self._replay.encode(text, special and lacks_special(self._tokenizer, text)).ids if text else []
 
-    def _talk(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        tools: Sequence[Mapping[str, Any]],
-        thinking: bool | None,
-        effort: str | None,
-        template_options: Mapping[str, Any],
-        continue_last: bool,
-    ) -> _Talk:
+    def _fitted(self, talk: Talk) -> _Fitted:
         if not self.has_template:
             raise CheckpointError("the model has no chat template, so it cannot chat; give it text to continue instead")
-        read = read_messages(messages)
-        if continue_last:
+        read = read_messages(talk.messages)
+        if talk.continue_last:
             _check_continued(read[-1])
-        options = _options(thinking, effort, template_options)
-        told = self._template.fitted_tools(read_tools(tools))
+        options = _options(talk.thinking, talk.effort, talk.template_options)
+        told = self._template.fitted_tools(read_tools(talk.tools))
         head = list(takewhile(lambda message: message["role"] == "system", read))
         other = self._template.fitted([*head, _other(read, len(head))]) if head or told else []
-        return _Talk(self._template.fitted(read), other, told, options, continue_last)
+        return _Fitted(self._template.fitted(read), other, told, options, talk.continue_last)
 
-    def _rendered(self, talk: _Talk) -> str:
+    def _rendered(self, talk: _Fitted) -> str:
         if not talk.continued:
             return self._template.render(talk.messages, talk.tools, talk.options)
         *earlier, last = talk.messages
@@ -150,14 +134,14 @@ class Conversations:
             raise RequestError("the model's chat template drops the last message, so it cannot be continued")
         return before
 
-    def _marks(self, talk: _Talk, text: str, encoded: Encoded) -> Iterator[int]:
+    def _marks(self, talk: _Fitted, text: str, encoded: Encoded) -> Iterator[int]:
         for place in self._turning_points(talk, text):
             ends = (side for border in encoded.borders for side in _sides(border.at, border.start, border.end))
             mark = max((count for count, at in ends if at <= place), default=0)
             if 0 < mark < len(encoded.ids):
                 yield mark
 
-    def _turning_points(self, talk: _Talk, text: str) -> Iterator[int]:
+    def _turning_points(self, talk: _Fitted, text: str) -> Iterator[int]:
         """Where in a text other conversations may take another turn: after system text and tools, before and after
         the last message of a user, and after the last message of all."""
         messages = talk.messages
@@ -174,7 +158,7 @@ class Conversations:
             except RequestError:
                 continue  # a template may refuse a part of what it takes as a whole
 
-    def _starts_thinking(self, talk: _Talk, text: str, ids: list[int]) -> bool:
+    def _starts_thinking(self, talk: _Fitted, text: str, ids: list[int]) -> bool:
         opening = next((marker for marker in self._dialect.markers if marker.mark is Mark.THINK_OPEN), None)
         closing = next((marker for marker in self._dialect.markers if marker.mark is Mark.THINK_CLOSE), None)
         if opening is None or closing is None:
@@ -199,7 +183,7 @@ def in_chat_template(tokenizer: TokenizerWrapper, prompt: str) -> str | list[int
     if not tokenizer.has_chat_template or not prompt:
         return prompt
     conversations = Conversations(tokenizer, find_dialect(tokenizer.get_vocab()))
-    return conversations.prompt([{"role": "user", "content": prompt}]).ids
+    return conversations.prompt(Talk([{"role": "user", "content": prompt}])).ids
 
 
 def _options(thinking: bool | None, effort: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -228,7 +212,7 @@ def _checked_options(given: Mapping[str, Any]) -> dict[str, Any]:
         if not isinstance(value, str | int | float | None) or (isinstance(value, float) and not math.isfinite(value)):
             raise RequestError(f"the template's option {name} is {value!r}; give a text, a number, true, false or null")
         if isinstance(value, str):
-            _check_text(value)
+            check_text(value, f"template's option {name}")
     return dict(given)
 
 
@@ -237,13 +221,6 @@ def _check_continued(last: Message) -> None:
         raise RequestError(f"the last message is of role {last['role']}; only the assistant's can be continued")
     if "tool_calls" in last:
         raise RequestError("the last message calls tools, so it cannot be continued; give the results of its calls")
-
-
-def _check_text(text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise RequestError(f"the text is not text that UTF-8 can hold ({error.reason})") from None
 
 
 def _other(messages: Sequence[Message], i: int) -> Message:

@@ -24,6 +24,7 @@ from mtp_mlx.penalties import Penalties
 from mtp_mlx.prefixes import Prefixes
 from mtp_mlx.programs import compiles
 from mtp_mlx.prompt_cache import PromptCache
+from mtp_mlx.prompts import check_text, lacks_special
 from mtp_mlx.rounds import Round, Sequence, next_round
 from mtp_mlx.sampling import Greedy, Sample, Sampler, check_seed
 from mtp_mlx.stats import Memory, Stats
@@ -347,18 +348,10 @@ def encode(tokenizer: TokenizerWrapper, prompt: Prompt, special: bool = True) ->
         return cast(list[int], prompt.tolist())
     if isinstance(prompt, str):
         check_text(prompt)
-        bare = tokenizer.bos_token is None or not prompt.startswith(tokenizer.bos_token)
-        ids: list[int] = tokenizer.encode(prompt, add_special_tokens=special and bare) if prompt else []
+        special = special and lacks_special(tokenizer, prompt)
+        ids: list[int] = tokenizer.encode(prompt, add_special_tokens=special) if prompt else []
         return ids
     return prompt
-
-
-def check_text(prompt: str) -> None:
-    """Raises RequestError for text that came from bytes that are no UTF-8; tokenizers cannot take it."""
-    try:
-        prompt.encode()
-    except UnicodeEncodeError as error:
-        raise RequestError(f"the prompt is not text that UTF-8 can hold ({error.reason})") from None
 
 
 def check_tokens(ids: list[int], vocabulary: int) -> None:

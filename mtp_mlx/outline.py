@@ -121,7 +121,7 @@ def outline(
     """Look at a folder, a hub id or a demo; at a target together with its drafter, or at a drafter by itself.
 
     Raises CheckpointError for one that could not be loaded either, PairError for a named drafter that does not fit,
-    RequestError for contexts or an acceptance that make no sense.
+    RequestError for contexts or an acceptance that make no sense, or a drafter for a drafter.
     """
     if not contexts or min(contexts) < 1:
         raise RequestError(f"contexts are {list(contexts)}; give numbers of tokens above 0")
@@ -154,6 +154,11 @@ def _looked_at(asked: _Question, places: "_Places") -> Outline:
             choice = replace(choice, reason=f"{choice.reason}, as its config.json promises")
         name, reason, theirs = sketch_drafter(choice, checkpoint, network, places.find)
         paired = Paired(None if name is None else places.in_words(name), places.in_words(reason), theirs)
+    elif asked.drafter not in ("auto", "none", None):
+        raise RequestError(
+            f"{asked.model} is a drafter itself and gets none, so --drafter {asked.drafter} says nothing; inspect its "
+            "target with that drafter, or leave --drafter out"
+        )
     else:
         paired = Paired(None, "a drafter by itself; its target is what to look at", None)
     return _told(asked, source, checkpoint, _Sums(network, paired.network, asked.kv_bits), paired)

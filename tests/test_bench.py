@@ -1,14 +1,12 @@
 """The comparison a user runs on their own machine: what it counts, what it says, what it writes."""
 
 import json
-import subprocess
-import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from conftest import AS_BUILT, FIXTURES, tiny_pair
+from conftest import FIXTURES, program, tiny_pair
 
 import mtp_mlx
 from mtp_mlx.bench import (
@@ -46,10 +44,8 @@ def comparison(peer: float, plain: float, two: float, auto: float, chosen: int =
 
 
 def test_the_command_writes_table_figures_and_picture(tmp_path: Path) -> None:
-    program = [str(Path(sys.executable).parent / "mtp-mlx"), "bench", "--quick", "--tokens", "12"]
     out = tmp_path / "new" / "folder"
-    command = [*program, "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=AS_BUILT)
+    done = program("bench", "--quick", "--tokens", "12", "--out", str(out))
     assert done.returncode == 0, done.stderr
     for arm in ("mlx-lm", "depth 0", "depth 2", "depth auto"):
         assert arm in done.stdout and arm in done.stderr
@@ -188,6 +184,8 @@ def test_bad_options_are_refused_before_anything_is_loaded(tmp_path: Path) -> No
         command(model="nowhere", repeats=0, out=tmp_path)
     with pytest.raises(RequestError, match="--tokens 1 leaves nothing to time"):
         command(model="nowhere", tokens=1, out=tmp_path)
+    with pytest.raises(RequestError, match="--quick means one repeat, and --repeats 5 is given too"):
+        command(model="nowhere", repeats=5, quick=True, out=tmp_path)
     with pytest.raises(RequestError, match="nothing can be written to the folder --out"):
         command(model="nowhere", out=file / "folder")
     with pytest.raises(CheckpointError):

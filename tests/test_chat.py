@@ -8,7 +8,7 @@ import pytest
 from conftest import FIXTURES, program
 
 from mtp_mlx.cli.chat import Answer
-from mtp_mlx.conversation import Conversations
+from mtp_mlx.conversation import Conversations, Talk
 from mtp_mlx.dialects import find_dialect
 from mtp_mlx.engine import Piece, Stream
 from mtp_mlx.errors import RequestError
@@ -27,7 +27,7 @@ def _answers(said: list[str], system: str | None = None) -> list[str]:
     messages, answers = [{"role": "system", "content": system}] if system else [], []
     for message in said:
         messages.append({"role": "user", "content": message})
-        prompt = conversations.prompt(messages).ids
+        prompt = conversations.prompt(Talk(messages)).ids
         responses = list(stream_generate(pair, tokenizer, prompt, max_tokens=12, seed=1))
         conversations.remember([*prompt, *(response.token for response in responses)])
         answers.append("".join(response.text for response in responses))
@@ -111,6 +111,8 @@ def test_an_answer_that_fails_ends_its_line(monkeypatch: pytest.MonkeyPatch) -> 
         (["--model", "demo"], "demo has no chat template, so it cannot chat; try mtp-mlx generate"),
         (["--model", MODEL, "--depth", "fast"], "--depth fast"),
         (["--model", MODEL, "--temp", "-1"], "temperature"),
+        (["--model", MODEL, "--no-think"], "no switch for thinking; leave --think and --no-think out"),
+        (["--model", MODEL, "--top-k", "40"], "--top-k 40 is for texts with --temp above 0"),
     ],
 )
 def test_bad_options_are_one_line(arguments: list[str], message: str) -> None:

@@ -80,15 +80,14 @@ def test_a_seeds_text_is_the_same_at_every_depth_with_every_rule(variant: str, p
     target, own = tiny_pair(variant)
     prompt = varied_tokens(20)
     rules = Rules(SAMPLERS[sampler], PENALTIES[penalties])
-    truth = write(target, DialledDrafter.dial([], 0.0), rules, prompt, 0, 5)
-    for k in (2, 5):
-        assert write(target, DialledDrafter.every_partial(prompt + truth, 20, k), rules, prompt, k, 5) == truth
-    assert write(target, own, rules, prompt, 3, 5, 20) == truth[:20]
+    truth = write(target, NoDrafter(), rules, prompt, 0, 5, 24)
+    assert write(target, DialledDrafter.every_partial(prompt + truth, 20, 3), rules, prompt, 3, 5, 24) == truth
+    assert write(target, own, rules, prompt, 2, 5, 12) == truth[:12]
     if isinstance(rules.sampler, Greedy):
-        others = write(target, own, Rules(rules.sampler), prompt, 0, 5, 20)
-        assert others != truth[:20], "the penalties changed nothing"
+        others = write(target, NoDrafter(), Rules(rules.sampler), prompt, 0, 5, 12)
+        assert others != truth[:12], "the penalties changed nothing"
     else:
-        assert write(target, own, rules, prompt, 0, 6, 20) != truth[:20], "the seed changed nothing"
+        assert write(target, NoDrafter(), rules, prompt, 0, 6, 12) != truth[:12], "the seed changed nothing"
 
 
 PROCESSORS: dict[str, Callable[[], dict[str, object]]] = {
@@ -111,13 +110,11 @@ def test_mlx_lms_samplers_and_processors_write_mlx_lms_text(temperature: float, 
     mx.random.seed(7)
     expected = [
         int(token)
-        for token, _ in generate_step(
-            mx.array(prompt), other, max_tokens=LENGTH, sampler=sampler, logits_processors=chain
-        )
+        for token, _ in generate_step(mx.array(prompt), other, max_tokens=20, sampler=sampler, logits_processors=chain)
     ]
     for k, drafter in ((0, own), (3, own), (4, DialledDrafter.dial(prompt + expected, 0.7))):
         mx.random.seed(7)
-        assert write(target, drafter, Callables(sampler, chain), prompt, k, 0) == expected
+        assert write(target, drafter, Callables(sampler, chain), prompt, k, 0, 20) == expected
 
 
 @pytest.mark.parametrize("processors", ["penalties", "bias"])

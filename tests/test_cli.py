@@ -25,17 +25,13 @@ FIGURES = {
 }  # fmt: skip
 
 
-def run(
-    *arguments: str, stdin: str | bytes = "", replay: bool = False, variables: dict[str, str] | None = None
-) -> subprocess.CompletedProcess[str]:
-    """The command; a process of its own is started only where a test is about replayed rounds or about variables."""
+def run(*arguments: str, stdin: str | bytes = "", replay: bool = False) -> subprocess.CompletedProcess[str]:
+    """The command; a process of its own is started only where a test is about replayed rounds."""
     given = stdin.encode() if isinstance(stdin, str) else stdin
-    if not replay and variables is None:
+    if not replay:
         return program(*arguments, stdin=given)
     command = [str(Path(sys.executable).parent / "mtp-mlx"), *arguments]
-    done = subprocess.run(
-        command, input=given, capture_output=True, timeout=120, check=False, env=variables or os.environ
-    )
+    done = subprocess.run(command, input=given, capture_output=True, timeout=120, check=False)
     return subprocess.CompletedProcess(command, done.returncode, done.stdout.decode(), done.stderr.decode())
 
 
@@ -123,12 +119,12 @@ def test_the_chat_template_is_used_unless_told_otherwise() -> None:
     assert chat["prompt_tokens"] > plain["prompt_tokens"]  # type: ignore[operator]
 
 
-def on_a_terminal(*arguments: str, **environment: str) -> bytes:
-    """What a terminal is sent; `environment` comes on top of the usual one."""
+def on_a_terminal(*arguments: str) -> bytes:
+    """What a terminal is sent."""
     leader, follower = pty.openpty()
     program = [str(Path(sys.executable).parent / "mtp-mlx"), *arguments]
     variables = {name: value for name, value in AS_BUILT.items() if name != "NO_COLOR"}
-    variables |= {"TERM": "xterm-256color", **environment}
+    variables |= {"TERM": "xterm-256color"}
     with subprocess.Popen(program, stdout=follower, stderr=follower, env=variables) as process:
         os.close(follower)
         shown = b""
@@ -149,8 +145,6 @@ def test_drafts_are_coloured_on_a_terminal() -> None:
     shown = on_a_terminal(*command)
     for colour, name in ((b"\x1b[32m", b"accepted"), (b"\x1b[31m", b"correction")):
         assert colour in shown and name in shown
-    assert b"\x1b[32m" not in on_a_terminal(*command, NO_COLOR="1")
-    assert b"\x1b[32m" not in on_a_terminal(*command, TERM="dumb")
 
 
 BAD: dict[str, tuple[Callable[[], subprocess.CompletedProcess[str]], str]] = {
@@ -182,6 +176,13 @@ BAD: dict[str, tuple[Callable[[], subprocess.CompletedProcess[str]], str]] = {
     "temperature": (lambda: generate("x", "--temp", "-1"), "temperature"),
     "top-p": (lambda: generate("x", "--temp", "1", "--top-p", "2"), "top-p"),
     "top-p without temperature": (lambda: generate("x", "--top-p", "2"), "top-p"),
+    "top-p where nothing is drawn": (lambda: generate("x", "--top-p", "0.9"), "--top-p 0.9 is for texts with --temp"),
+    "min-p where nothing is drawn": (lambda: generate("x", "--min-p", "0.1"), "--min-p 0.1 is for texts with --temp"),
+    "top-k where nothing is drawn": (lambda: generate("x", "--top-k", "5"), "--top-k 5 is for texts with --temp"),
+    "XTC where nothing is drawn": (lambda: generate("x", "--xtc-probability", "0.5"), "--xtc-probability 0.5 is for"),
+    "XTC's threshold alone": (lambda: generate("x", "--xtc-threshold", "0.2"), "is for --xtc-probability above 0"),
+    "reach of no penalty": (lambda: generate("x", "--penalty-context", "9"), "is for --repetition-penalty"),
+    "colours in JSON": (lambda: generate("x", "--json", "--show-drafts"), "--json prints none"),
     "endless temperature": (lambda: generate("x", "--temp", "inf"), "temperature"),
     "prompt that is not UTF-8": (lambda: generate("\udcff\udcfe"), "UTF-8"),
     "name with brackets": (lambda: generate("x", "--model", "[/foo]"), "neither a folder"),
@@ -240,29 +241,35 @@ def test_a_reader_that_goes_away_is_not_an_error_message() -> None:
     assert b"Traceback" not in done.stderr and b"Error" not in done.stderr
 
 
-def test_a_drafter_that_was_found_or_missed_is_reported_with_the_reason(tmp_path: Path, hub: Loopback) -> None:
-    folder = Path(shutil.copytree(VARIANT, tmp_path / "tuned"))
+def without_its_drafter(folder: Path) -> tuple[str, ...]:
+    """A prompt for a fine-tune that says what it was made from."""
+    shutil.copytree(VARIANT, folder)
     shutil.rmtree(folder / "assistant")
     (folder / "README.md").write_text("---\nbase_model: google/gemma-4-31B-it\n---\n")
-    options = ["x", "--model", str(folder), "-m", "3", "--no-stats"]
-    found = run("generate", *options, variables=hub.environment)
+    return ("x", "--model", str(folder), "-m", "3", "--no-stats")
+
+
+def test_a_drafter_that_was_found_is_reported_with_the_reason(tmp_path: Path, hub: Loopback) -> None:
+    found = generate(*without_its_drafter(tmp_path / "tuned"))
     assert found.returncode == 0
     assert "drafter: google/gemma-4-31B-it-assistant (its model card says it was made from" in found.stderr
+
+
+def test_a_drafter_that_was_missed_is_reported_with_the_reason(tmp_path: Path, hub: Loopback) -> None:
     hub.close()
-    missed = run("generate", *options, variables={**hub.environment, "HF_HOME": str(tmp_path / "empty")})
-    assert missed.returncode == 0 and missed.stdout == found.stdout
+    options = without_its_drafter(tmp_path / "tuned")
+    missed = generate(*options)
+    assert missed.returncode == 0 and missed.stdout == generate(*options, "--drafter", "none").stdout
     assert "drafter: none (" in missed.stderr and "prompt lookup" in missed.stderr
 
 
 def test_a_drafter_that_does_not_fit_is_reported_beside_the_text() -> None:
     """The tiny pair's weights are random, so no draft is ever right."""
     options = ["x = 1", "--model", QWEN, "--dtype", "float32", "-m", "60", "--depth", "3", "--ignore-chat-template"]
-    done, drafter_off = generate(*options, "--no-stats"), generate(*options, "--no-stats", "--drafter", "none")
+    done = generate(*options, "--no-stats")
     assert "drafting is off" in done.stderr and "another checkpoint" in done.stderr and done.stderr.count("\n") == 1
-    assert done.stdout == generate(*options[:-3], "--depth", "0", "--ignore-chat-template", "--no-stats").stdout
-    assert drafter_off.returncode == 1 and "needs a drafter" in drafter_off.stderr
     answer = json.loads(generate(*options, "--json").stdout)
-    assert "drafting is off" in answer["alarm"] and answer["depth"] == 0
+    assert "drafting is off" in answer["alarm"] and answer["depth"] == 0 and answer["text"] == done.stdout.rstrip("\n")
 
 
 def test_what_was_decided_about_the_files_is_shown_on_request() -> None:

@@ -21,7 +21,7 @@ from talks import (
     user,
 )
 
-from mtp_mlx.conversation import EFFORTS, Conversations
+from mtp_mlx.conversation import EFFORTS, Conversations, Talk
 from mtp_mlx.dialects import PLAIN, Dialect, find_dialect
 from mtp_mlx.errors import CheckpointError, RequestError
 from mtp_mlx.hub import DEMO
@@ -43,25 +43,25 @@ def _text(ids: list[int], template: str = TAGS) -> str:
 @pytest.mark.parametrize("template", [TAGS, BRACES, STRICT, FIELDS])
 def test_ids_are_those_of_the_rendered_text(template: str) -> None:
     chat = conversations(template)
-    prompt = chat.prompt(TALK)
-    assert prompt.ids == tokenizer(template).encode(chat.text(TALK), add_special_tokens=False)
-    assert chat.text(TALK).endswith(_text(prompt.ids[-3:], template))
+    prompt = chat.prompt(Talk(TALK))
+    assert prompt.ids == tokenizer(template).encode(chat.text(Talk(TALK)), add_special_tokens=False)
+    assert chat.text(Talk(TALK)).endswith(_text(prompt.ids[-3:], template))
 
 
 def test_a_prompt_is_what_the_library_makes_of_it() -> None:
     _, wrapper = load(FIXTURES / "gemma4_keqv")
     messages = [user("hello"), answer("a"), user("b")]
-    prompt = Conversations(wrapper, find_dialect(wrapper.get_vocab())).prompt(messages)
+    prompt = Conversations(wrapper, find_dialect(wrapper.get_vocab())).prompt(Talk(messages))
     assert prompt.ids == wrapper.apply_chat_template(messages, add_generation_prompt=True)
 
 
 def test_a_model_without_template_cannot_chat_but_encode() -> None:
     _, wrapper = load(DEMO)
     chat = Conversations(wrapper, PLAIN)
-    assert not chat.has_template and not chat.can_switch_thinking and conversations().has_template
+    assert not chat.has_template and conversations().has_template
     for ask in (chat.prompt, chat.text):
         with pytest.raises(CheckpointError, match="no chat template"):
-            ask([user("hello")])
+            ask(Talk([user("hello")]))
     assert chat.encode("def f") == wrapper.encode("def f") != chat.encode("def f", special=False)
     assert chat.encode("<bos>def f") == wrapper.encode("def f") and chat.encode("") == []
 
@@ -69,28 +69,35 @@ def test_a_model_without_template_cannot_chat_but_encode() -> None:
 # options
 
 
+def test_a_switch_that_a_template_does_not_have_is_refused() -> None:
+    for wanted in (True, False):
+        conversations().check_switch(wanted)
+        with pytest.raises(RequestError, match="no switch for thinking; leave --think and --no-think out"):
+            conversations(STRICT).check_switch(wanted)
+    conversations(STRICT).check_switch(None)
+
+
 def test_thinking_is_switched() -> None:
     chat = conversations()
-    assert chat.can_switch_thinking and not conversations(STRICT).can_switch_thinking
-    assert chat.text(TALK, thinking=True).endswith("<think>\n")
-    assert chat.text(TALK, thinking=False).endswith("</think>\n\n")
-    assert "<|think|>" in conversations(BRACES).text(TALK, thinking=True)
-    assert "<|think|>" not in conversations(BRACES).text(TALK, thinking=False)
+    assert chat.text(Talk(TALK, thinking=True)).endswith("<think>\n")
+    assert chat.text(Talk(TALK, thinking=False)).endswith("</think>\n\n")
+    assert "<|think|>" in conversations(BRACES).text(Talk(TALK, thinking=True))
+    assert "<|think|>" not in conversations(BRACES).text(Talk(TALK, thinking=False))
 
 
 @pytest.mark.parametrize("effort", EFFORTS)
 def test_effort_switches_thinking_and_reaches_the_template(effort: str) -> None:
     chat = conversations("{{ messages[0].content }}|{{ enable_thinking }}|{{ reasoning_effort }}")
-    assert chat.text([user("a")], effort=effort) == ("a|False|" if effort == "none" else f"a|True|{effort}")
-    assert chat.text([user("a")], effort=effort, thinking=False).startswith("a|False|")
+    assert chat.text(Talk([user("a")], effort=effort)) == ("a|False|" if effort == "none" else f"a|True|{effort}")
+    assert chat.text(Talk([user("a")], effort=effort, thinking=False)).startswith("a|False|")
 
 
 def test_options_reach_the_template() -> None:
     chat = conversations()
     messages = [user("a"), answer("b", reasoning_content="because"), user("c")]
-    assert "because" not in chat.text(messages)
-    assert "because" in chat.text(messages, template_options={"preserve_thinking": True})
-    assert chat.text(messages, template_options={"enable_thinking": False}).endswith("</think>\n\n")
+    assert "because" not in chat.text(Talk(messages))
+    assert "because" in chat.text(Talk(messages, template_options={"preserve_thinking": True}))
+    assert chat.text(Talk(messages, template_options={"enable_thinking": False})).endswith("</think>\n\n")
 
 
 @pytest.mark.parametrize(
@@ -107,14 +114,14 @@ def test_options_reach_the_template() -> None:
 )
 def test_options_that_are_none_are_refused(options: Any, words: str) -> None:
     with pytest.raises(RequestError, match=words):
-        conversations().prompt(TALK, template_options=options)
+        conversations().prompt(Talk(TALK, template_options=options))
 
 
 def test_what_contradicts_itself_is_refused() -> None:
     with pytest.raises(RequestError, match="give one of the two"):
-        conversations().prompt(TALK, thinking=True, template_options={"enable_thinking": False})
+        conversations().prompt(Talk(TALK, thinking=True, template_options={"enable_thinking": False}))
     with pytest.raises(RequestError, match="reasoning effort is 'huge'; use one of none, minimal"):
-        conversations().prompt(TALK, effort="huge")
+        conversations().prompt(Talk(TALK, effort="huge"))
 
 
 def test_text_that_no_utf8_holds_is_refused() -> None:
@@ -129,13 +136,13 @@ def test_text_that_no_utf8_holds_is_refused() -> None:
 def test_the_last_message_is_continued_where_it_stops(template: str) -> None:
     chat = conversations(template)
     messages = [user("hello"), answer("the answer is ")]
-    text = chat.text(messages, continue_last=True)
+    text = chat.text(Talk(messages, continue_last=True))
     assert text.endswith("the answer is ") and text.count("the answer") == 1
-    assert chat.prompt(messages, continue_last=True).ids[-1:] == chat.encode("is ", special=False)[-1:]
+    assert chat.prompt(Talk(messages, continue_last=True)).ids[-1:] == chat.encode("is ", special=False)[-1:]
 
 
 def test_the_beginning_of_what_is_continued_is_a_mark() -> None:
-    prompt = conversations(BRACES).prompt([user("hello"), answer("the answer")], continue_last=True)
+    prompt = conversations(BRACES).prompt(Talk([user("hello"), answer("the answer")], continue_last=True))
     assert _text(prompt.ids[: prompt.marks[-1]], BRACES).endswith("hello<turn|>\n<|turn>")
 
 
@@ -148,30 +155,30 @@ def test_the_beginning_of_what_is_continued_is_a_mark() -> None:
 )
 def test_only_a_message_of_the_assistant_is_continued(messages: list[dict[str, Any]], words: str) -> None:
     with pytest.raises(RequestError, match=words):
-        conversations().prompt(messages, continue_last=True)
+        conversations().prompt(Talk(messages, continue_last=True))
 
 
 def test_a_template_that_drops_what_is_to_be_continued_is_refused() -> None:
     with pytest.raises(RequestError, match="drops the last message"):
-        conversations("{{ messages[0].content }}").prompt([user("a"), answer("b")], continue_last=True)
+        conversations("{{ messages[0].content }}").prompt(Talk([user("a"), answer("b")], continue_last=True))
 
 
 # reasoning
 
 
 def test_a_prompt_knows_whether_it_ends_in_reasoning() -> None:
-    assert conversations().prompt(TALK, thinking=True).starts_thinking
-    assert not conversations().prompt(TALK, thinking=False).starts_thinking
-    assert not conversations(BRACES).prompt(TALK, thinking=True).starts_thinking
+    assert conversations().prompt(Talk(TALK, thinking=True)).starts_thinking
+    assert not conversations().prompt(Talk(TALK, thinking=False)).starts_thinking
+    assert not conversations(BRACES).prompt(Talk(TALK, thinking=True)).starts_thinking
     opened = BRACES.removesuffix("{% endif %}") + "{{- '<|channel>thought\n' }}{% endif %}"
-    assert conversations(opened).prompt(TALK, thinking=True).starts_thinking
+    assert conversations(opened).prompt(Talk(TALK, thinking=True)).starts_thinking
 
 
 def test_mere_text_does_not_start_reasoning() -> None:
     plain = "{{ messages[0].content }}\n"
-    assert not conversations(plain + "assistant:").prompt([user("<|channel>thought\n")]).starts_thinking
+    assert not conversations(plain + "assistant:").prompt(Talk([user("<|channel>thought\n")])).starts_thinking
     chat = Conversations(tokenizer(TAGS), PLAIN)
-    assert not chat.prompt(TALK, thinking=True).starts_thinking
+    assert not chat.prompt(Talk(TALK, thinking=True)).starts_thinking
 
 
 def test_markers_without_ids_are_found_in_the_text() -> None:
@@ -179,14 +186,14 @@ def test_markers_without_ids_are_found_in_the_text() -> None:
     dialect: Dialect = find_dialect({"<think>": 1})
     unknown = tuple(type(marker)(marker.mark, marker.text, None) for marker in dialect.markers)
     chat = Conversations(wrapper, Dialect("x", markers=unknown))
-    assert chat.prompt(TALK, thinking=True).starts_thinking
-    assert not chat.prompt(TALK, thinking=False).starts_thinking
+    assert chat.prompt(Talk(TALK, thinking=True)).starts_thinking
+    assert not chat.prompt(Talk(TALK, thinking=False)).starts_thinking
 
 
 def test_reasoning_that_was_cut_off_goes_on() -> None:
     chat = conversations()
     for said, thinks in (("<think>\nFirst", True), ("<think>\nFirst\n</think>\nThen", False), ("Then", False)):
-        assert chat.prompt([user("a"), answer(said)], continue_last=True).starts_thinking == thinks
+        assert chat.prompt(Talk([user("a"), answer(said)], continue_last=True)).starts_thinking == thinks
 
 
 # marks
@@ -197,7 +204,7 @@ def _cuts(prompt_marks: tuple[int, ...], ids: list[int], template: str = TAGS) -
 
 
 def test_marks_are_where_other_conversations_may_turn_off() -> None:
-    prompt = conversations().prompt(TALK, [WEATHER])
+    prompt = conversations().prompt(Talk(TALK, [WEATHER]))
     head, last, end = _cuts(prompt.marks, prompt.ids)
     assert head.endswith("Be brief.<|im_end|>\n<|im_start|>") and head.count("<|im_start|>") == 2
     assert last.endswith("hello<|im_end|>\n<|im_start|>") and last.count("<|im_start|>") == 4
@@ -208,26 +215,26 @@ def test_marks_are_where_other_conversations_may_turn_off() -> None:
 def test_within_a_loop_of_calls_the_end_of_the_question_is_a_mark() -> None:
     called = answer("", reasoning_content="because", tool_calls=[call('{"city": "Paris"}')])
     messages = [user("weather?"), called, result("sunny")]
-    prompt = conversations().prompt(messages)
+    prompt = conversations().prompt(Talk(messages))
     question, end = _cuts(prompt.marks, prompt.ids)
     assert question.endswith("weather?<|im_end|>\n") and end.endswith("</tool_response><|im_end|>\n")
-    later = conversations().prompt([*messages, answer("Sunny."), user("thanks")])
+    later = conversations().prompt(Talk([*messages, answer("Sunny."), user("thanks")]))
     assert later.ids[: prompt.marks[0]] == prompt.ids[: prompt.marks[0]]
 
 
 @pytest.mark.parametrize("template", [TAGS, BRACES, FIELDS])
 def test_a_turn_more_has_the_marks_of_its_beginning_in_common(template: str) -> None:
     chat = conversations(template)
-    now = chat.prompt(TALK)
-    after = chat.prompt([*TALK, answer("hello world"), user("and?")])
+    now = chat.prompt(Talk(TALK))
+    after = chat.prompt(Talk([*TALK, answer("hello world"), user("and?")]))
     assert now.ids[: now.marks[-1]] == after.ids[: now.marks[-1]]
-    other = chat.prompt([*TALK[:1], user("something else")])
+    other = chat.prompt(Talk([*TALK[:1], user("something else")]))
     assert now.ids[: now.marks[0]] == other.ids[: now.marks[0]]
 
 
 def test_a_prompt_costs_few_renderings(monkeypatch: pytest.MonkeyPatch) -> None:
     chat = conversations()
-    chat.prompt(TALK)
+    chat.prompt(Talk(TALK))
     count, render = 0, Template.render
 
     def counted(*given: Any, **more: Any) -> str:
@@ -236,7 +243,7 @@ def test_a_prompt_costs_few_renderings(monkeypatch: pytest.MonkeyPatch) -> None:
         return render(*given, **more)
 
     monkeypatch.setattr(Template, "render", counted)
-    chat.prompt(TALK, [WEATHER])
+    chat.prompt(Talk(TALK, [WEATHER]))
     assert count == 4
 
 
@@ -295,35 +302,37 @@ ANSWERS = {TAGS: "I know.\n</think>\n\nhello  world<|im_end|>", BRACES: "hello  
 def test_a_loop_of_calls_goes_on_with_the_ids_that_were_generated(template: str) -> None:
     chat, messages = conversations(template), [system("Be brief."), user("weather in Paris?")]
     for turn in range(3):
-        prompt = chat.prompt(messages, [WEATHER], thinking=True)
+        prompt = chat.prompt(Talk(messages, [WEATHER], thinking=True))
         reply = _loosely(template, CALLS[template])
         before = [*prompt.ids, *reply]
         assert before != chat.encode(_text(before, template), special=False)
         chat.remember(before)
         messages += [_heard(template, reply[:-1], prompt.starts_thinking), result(f"sunny {turn}")]
-        after = chat.prompt(messages, [WEATHER], thinking=True)
+        after = chat.prompt(Talk(messages, [WEATHER], thinking=True))
         assert _shared(before, after.ids) == len(before)
         # Without memory, only up to the first word that is split otherwise.
-        assert _shared(before, conversations(template).prompt(messages, [WEATHER], thinking=True).ids) < len(before)
+        assert _shared(before, conversations(template).prompt(Talk(messages, [WEATHER], thinking=True)).ids) < len(
+            before
+        )
 
 
 @pytest.mark.parametrize("template", [TAGS, BRACES], ids=["tags", "braces"])
 def test_after_the_loop_what_was_shown_before_the_thoughts_is_shared(template: str) -> None:
     chat, messages = conversations(template), [system("Be brief."), user("weather in Paris?")]
-    first = chat.prompt(messages, [WEATHER], thinking=True)
+    first = chat.prompt(Talk(messages, [WEATHER], thinking=True))
     seen = first.ids
     for reply_text in (CALLS[template], ANSWERS[template]):
-        prompt = chat.prompt(messages, [WEATHER], thinking=True)
+        prompt = chat.prompt(Talk(messages, [WEATHER], thinking=True))
         reply = _loosely(template, reply_text)
         seen = [*prompt.ids, *reply]
         chat.remember(seen)
         messages += [_heard(template, reply[:-1], prompt.starts_thinking)]
         messages += [result("sunny")] if messages[-1]["tool_calls"] else [user("thanks")]
-    after = chat.prompt(messages, [WEATHER], thinking=True)
+    after = chat.prompt(Talk(messages, [WEATHER], thinking=True))
     # The thoughts are dropped: all is the same up to where they began.
     opened = len(_loosely(template, "<think>\n")) if template == TAGS else 0
     assert _shared(seen, after.ids) == len(first.ids) - opened
-    again = chat.prompt([*messages[:-1], user("other")], [WEATHER], thinking=True)
+    again = chat.prompt(Talk([*messages[:-1], user("other")], [WEATHER], thinking=True))
     assert _shared(after.ids, again.ids) >= max(mark for mark in after.marks[:-1])
 
 
@@ -331,27 +340,27 @@ def test_an_answer_without_thoughts_is_shared_with_the_next_turn() -> None:
     for template, reply_text in ((BRACES, "hello  world<turn|>"), (FIELDS, "hello  world<|im_end|>")):
         chat, messages = conversations(template), [user("hello")]
         for _ in range(3):
-            prompt = chat.prompt(messages)
+            prompt = chat.prompt(Talk(messages))
             reply = _loosely(template, reply_text)
             chat.remember([*prompt.ids, *reply])
             messages += [_heard(template, reply[:-1], False), user("and?")]
-            assert _shared([*prompt.ids, *reply], chat.prompt(messages).ids) == len(prompt.ids) + len(reply)
+            assert _shared([*prompt.ids, *reply], chat.prompt(Talk(messages)).ids) == len(prompt.ids) + len(reply)
 
 
 def test_one_conversation_does_not_change_the_ids_of_another() -> None:
     chat = conversations(BRACES)
-    other = chat.prompt([user("weather?"), answer("hello  world"), user("and?")]).ids
-    prompt = chat.prompt([user("hello")])
+    other = chat.prompt(Talk([user("weather?"), answer("hello  world"), user("and?")])).ids
+    prompt = chat.prompt(Talk([user("hello")]))
     chat.remember([*prompt.ids, *_loosely(BRACES, "hello  world<turn|>")])
-    assert chat.prompt([user("weather?"), answer("hello  world"), user("and?")]).ids == other
+    assert chat.prompt(Talk([user("weather?"), answer("hello  world"), user("and?")])).ids == other
 
 
 def test_a_reply_cut_at_its_limit_is_continued_with_its_ids() -> None:
     chat = conversations(BRACES)
-    prompt = chat.prompt([user("hello")])
+    prompt = chat.prompt(Talk([user("hello")]))
     before = [*prompt.ids, *_loosely(BRACES, "hello wor")]
     chat.remember(before)
-    assert chat.prompt([user("hello"), answer("hello wor")], continue_last=True).ids == before
+    assert chat.prompt(Talk([user("hello"), answer("hello wor")], continue_last=True)).ids == before
 
 
 def test_many_threads_may_ask() -> None:
@@ -360,8 +369,8 @@ def test_many_threads_may_ask() -> None:
     def talk(number: int) -> None:
         for turn in range(10):
             messages = [user(f"hello {number} {turn}")]
-            prompt = chat.prompt(messages, [WEATHER])
-            if _text(prompt.ids) != chat.text(messages, [WEATHER]):
+            prompt = chat.prompt(Talk(messages, [WEATHER]))
+            if _text(prompt.ids) != chat.text(Talk(messages, [WEATHER])):
                 failed.append(f"{number} {turn}")
             chat.remember([*prompt.ids, *_loosely(TAGS, "hello world")])
 

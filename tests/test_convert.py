@@ -54,7 +54,7 @@ from mtp_mlx.sampling import Greedy
 
 EXACT = Precision.choose("none", None, "affine", None, mx.float32)
 GEMMA = "gemma4_keqv"
-TEXT = varied_tokens(34)
+TEXT = varied_tokens(24)
 
 
 def asked(**given: Any) -> Precision:
@@ -66,7 +66,7 @@ def asked(**given: Any) -> Precision:
 def rows_of(loaded: Loaded, k: int) -> mx.array:
     """Log-probabilities along a varied text, k tokens drafted in each round."""
     drafter = loaded.pair.drafter if k else NOBODY
-    return run_rounds(loaded.pair.target, drafter, Forced(mx.array(TEXT + [0] * 8)), TEXT[:9], 24, k)[1]
+    return run_rounds(loaded.pair.target, drafter, Forced(mx.array(TEXT + [0] * 8)), TEXT[:9], 14, k)[1]
 
 
 @cache

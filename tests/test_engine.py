@@ -19,7 +19,7 @@ from test_conversation import CALLS
 
 from mtp_mlx import engine as module
 from mtp_mlx import memory
-from mtp_mlx.conversation import Conversations
+from mtp_mlx.conversation import Conversations, Talk
 from mtp_mlx.dialects import find_dialect
 from mtp_mlx.engine import Engine, Event, Piece, Request, Stream
 from mtp_mlx.errors import BusyError, MTPError, RequestError
@@ -445,7 +445,7 @@ def test_a_loop_of_calls_reads_nothing_twice(model: str, template: str, predicte
     chat, served = Conversations(words, dialect), Engine(pair, words, Prefixes(pair, 10**9, near=1))
     messages, known = [system("Be brief."), user("weather in Paris?")], list[int]()
     for turn in range(4):
-        prompt = chat.prompt(messages, [WEATHER], thinking=True)
+        prompt = chat.prompt(Talk(messages, [WEATHER], thinking=True))
         assert prompt.ids[: len(known)] == known
         reply = [token for c in _characters(words, CALLS[template]) for token in c]
         script = mx.array([0] * len(prompt.ids) + reply + [7] * 64, mx.int32)

@@ -86,6 +86,13 @@ def test_the_e2b_assistant_is_what_its_config_says(tmp_path: Path) -> None:
     assert found.drafter is None and "drafter by itself" in found.drafter_reason
 
 
+def test_a_drafter_for_a_drafter_is_refused() -> None:
+    drafter = str(FIXTURES / "gemma4_ple" / "assistant")
+    assert outline(drafter, "none").role == "drafter"
+    with pytest.raises(RequestError, match=r"is a drafter itself and gets none, so --drafter other says nothing"):
+        outline(drafter, "other")
+
+
 def test_qwen_27b_is_what_its_config_says(tmp_path: Path) -> None:
     found = published("Qwen3.6-27B", tmp_path)
     width, inner, table = 5120, 17408, 248320 * 5120

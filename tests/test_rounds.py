@@ -53,16 +53,10 @@ def _prompts(variant: str) -> list[int]:
     return [*PROMPTS, WINDOW + 2] if variant in QWEN else PROMPTS
 
 
-# Depths, each with shares of drafts that are right: none, some, all. The test of rows has every depth.
-HIT_RATES = {1: (0.0, 1.0), 3: (0.7,), 5: (0.0,), 7: (0.7, 1.0)}
+# Depth, length of the prompt, share of drafts that are right. The test of rows has every depth after every prompt.
+GREEDY = [(1, WINDOW, 1.0), (3, 5, 0.7), (5, 1, 0.0), (7, 3 * WINDOW, 0.7), (7, WINDOW + 1, 1.0)]
 LENGTH = 36  # tokens generated: from the shortest prompt on, twice the window; 0 to 7 drafts right in 8 rounds
 EXACT = 2e-4  # float32, when the order of the keys in the ring differs; equal to the bit otherwise
-
-
-@cache
-def _truth(variant: str, prompt: int) -> list[int]:
-    """What plain greedy decoding writes."""
-    return plain(tiny_pair(variant)[0], varied_tokens(prompt, seed=prompt), LENGTH)
 
 
 @cache
@@ -75,23 +69,21 @@ def _forced_rows(variant: str, prompt: int) -> tuple[list[int], Forced, mx.array
 
 
 @each_variant
-@pytest.mark.parametrize("k", HIT_RATES)
-def test_greedy_speculation_equals_plain_decoding(variant: str, k: int) -> None:
+@pytest.mark.parametrize(("k", "length", "rate"), GREEDY)
+def test_greedy_speculation_equals_plain_decoding(variant: str, k: int, length: int, rate: float) -> None:
     target, _ = tiny_pair(variant)
-    for length in _prompts(variant):
-        prompt = varied_tokens(length, seed=length)
-        truth = _truth(variant, length)
-        for rate in HIT_RATES[k]:
-            drafter = DialledDrafter.dial(prompt + truth, rate, seed=k)
-            text, _, accepted = run_rounds(target, drafter, Greedy(), prompt, LENGTH, k, STEP)
-            assert text == truth, f"prompt {length}, hit rate {rate}"
-            if rate == 1.0:
-                assert set(accepted[length == 1 : -1]) == {k}
-            if rate == 0.0:
-                assert set(accepted) == {0}
+    prompt = varied_tokens(length, seed=length)
+    truth = plain(target, prompt, LENGTH)
+    drafter = DialledDrafter.dial(prompt + truth, rate, seed=k)
+    text, _, accepted = run_rounds(target, drafter, Greedy(), prompt, LENGTH, k, STEP)
+    assert text == truth
+    if rate == 1.0:
+        assert set(accepted[:-1]) == {k}
+    if rate == 0.0:
+        assert set(accepted) == {0}
 
 
-@pytest.mark.parametrize("variant", ROUNDS)
+@each_variant
 @pytest.mark.parametrize("k", range(1, 8))
 def test_every_kept_row_equals_plain_decoding_along_a_varied_text(variant: str, k: int) -> None:
     """Token equality alone could hide a wrong cache: a tiny model may repeat one token whatever it sees."""
@@ -115,7 +107,7 @@ def test_with_a_quantised_cache_every_kept_row_equals_plain_decoding_with_that_c
         _, expected, _ = run_rounds(target, nobody, forced, text[:length], LENGTH, 0, STEP, kv_bits=bits)
         # Rounding does something, and not much: keys and values are near those that it began with.
         assert EXACT < gap(expected, exact) < (0.3 if bits == 8 else 5.0)
-        for k in (1, 4, 7):
+        for k in (2, 7):
             drafter = DialledDrafter.every_partial(text, length, k, seed=length)
             tokens, rows, accepted = run_rounds(target, drafter, forced, text[:length], LENGTH, k, 2048, kv_bits=bits)
             assert tokens == text[length : length + LENGTH] and gap(rows, expected) < EXACT
@@ -125,13 +117,13 @@ def test_with_a_quantised_cache_every_kept_row_equals_plain_decoding_with_that_c
 
 
 @each_variant
-@pytest.mark.parametrize("length", [1, 5, WINDOW, 3 * WINDOW])
-def test_the_drafter_itself_changes_nothing(variant: str, length: int) -> None:
+@pytest.mark.parametrize(("k", "length"), [(2, 1), (7, 5), (7, WINDOW), (2, 3 * WINDOW)])
+def test_the_drafter_itself_changes_nothing(variant: str, k: int, length: int) -> None:
     """Its weights are random, so it is hardly ever right; whatever it writes into the cache has to go."""
     target, drafter = tiny_pair(variant)
-    prompt, truth = varied_tokens(length, seed=length), _truth(variant, length)
-    for k, tokens in ((2, LENGTH), (7, WINDOW + 4)):
-        assert run_rounds(target, drafter, Greedy(), prompt, tokens, k, STEP)[0] == truth[:tokens]
+    text, forced, expected = _forced_rows(variant, length)
+    rows = run_rounds(target, drafter, forced, text[:length], WINDOW + 4, k, STEP)[1]
+    assert gap(rows, expected[: WINDOW + 4]) < EXACT
 
 
 @cache
@@ -188,16 +180,15 @@ def test_a_drafter_goes_on_after_a_stop_as_if_it_had_read_the_whole(variant: str
 
 
 @pytest.mark.parametrize("variant", [*VARIANTS, "qwen3_5_dense"])
-@pytest.mark.parametrize("length", [245, 253, 256])
-def test_the_drafter_reads_buffers_that_have_just_grown(variant: str, length: int) -> None:
+def test_the_drafter_reads_buffers_that_have_just_grown(variant: str) -> None:
     """At position 256 every full layer gets a larger buffer, before the drafter looks at it."""
     target, assistant = tiny_pair(variant)
-    text = varied_tokens(length + 100)
-    forced = Forced(mx.array(text + [0] * 20))
-    expected = one_pass(target, text[: length + 16])[length - 1 :]
-    for k in (1, 4):
-        _, rows, _ = run_rounds(target, assistant, forced, text[:length], 16, k)
-        assert gap(rows, expected[:16]) < EXACT
+    text = varied_tokens(265)
+    forced, expected = Forced(mx.array(text + [0] * 20)), one_pass(target, text)
+    # In the first round, after some, and after the prompt has filled the buffers to the last row.
+    for k, length, tokens in ((4, 253, 8), (1, 253, 8), (4, 247, 16), (4, 256, 8)):
+        rows = run_rounds(target, assistant, forced, text[:length], tokens, k)[1]
+        assert gap(rows, expected[length - 1 :][:tokens]) < EXACT
 
 
 def test_a_prompt_does_not_run_through_layers_that_store_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,8 +220,8 @@ def test_plain_decoding_equals_mlx_lm(variant: str, length: int) -> None:
     theirs = mlx_lm_model(FIXTURES / variant)
     theirs.set_dtype(mx.float32)
     prompt = varied_tokens(length, seed=length)
-    steps = generate_step(mx.array(prompt), theirs, max_tokens=40)
-    assert plain(target, prompt, 40) == [int(token) for token, _ in steps]
+    steps = generate_step(mx.array(prompt), theirs, max_tokens=24)
+    assert plain(target, prompt, 24) == [int(token) for token, _ in steps]
 
 
 @pytest.mark.parametrize("variant", QWEN)
@@ -238,22 +229,22 @@ def test_plain_decoding_equals_mlx_lm(variant: str, length: int) -> None:
 def test_plain_decoding_of_qwen_equals_mlx_lm(variant: str, length: int, tmp_path: Path) -> None:
     theirs = mlx_lm_model(float32_copy(variant, tmp_path / variant))
     prompt = varied_tokens(length, seed=length)
-    steps = generate_step(mx.array(prompt), theirs, max_tokens=40)
-    assert plain(tiny_qwen(variant)[0], prompt, 40) == [int(token) for token, _ in steps]
+    steps = generate_step(mx.array(prompt), theirs, max_tokens=24)
+    assert plain(tiny_qwen(variant)[0], prompt, 24) == [int(token) for token, _ in steps]
 
 
-@each_variant
-@pytest.mark.parametrize(("temperature", "seed"), [(0.7, 1), (1.5, 2)])
-def test_a_seeded_sample_is_the_same_text_at_every_depth(variant: str, temperature: float, seed: int) -> None:
+@pytest.mark.parametrize("variant", ROUNDS)
+def test_a_seeded_sample_is_the_same_text_at_every_depth(variant: str) -> None:
+    """With every kind of sampler and penalty in test_choosing.py."""
     target, own = tiny_pair(variant)
-    prompt, sampler = varied_tokens(14), Sample(temperature, top_p=0.95)
+    prompt, sampler = varied_tokens(14), Sample(1.5, top_p=0.95)
     nobody = DialledDrafter.dial([], 0.0)
-    truth = run_rounds(target, nobody, sampler, prompt, LENGTH, 0, seed=seed)[0]
-    for k in (1, 3, 7):
-        drafter = DialledDrafter.every_partial(prompt + truth, len(prompt), k, seed)
-        assert run_rounds(target, drafter, sampler, prompt, LENGTH, k, seed=seed)[0] == truth
+    truth = run_rounds(target, nobody, sampler, prompt, LENGTH, 0, seed=2)[0]
+    for k in (3, 7):
+        drafter = DialledDrafter.every_partial(prompt + truth, len(prompt), k, seed=2)
+        assert run_rounds(target, drafter, sampler, prompt, LENGTH, k, seed=2)[0] == truth
     for drafts in ("coupled", "argmax"):
-        assert run_rounds(target, own, sampler, prompt, LENGTH, 4, seed=seed, drafts=drafts)[0] == truth
+        assert run_rounds(target, own, sampler, prompt, 12, 4, seed=2, drafts=drafts)[0] == truth[:12]
     assert len(set(truth)) > 10
 
 
@@ -272,10 +263,11 @@ def test_prefill_does_not_depend_on_its_chunks(variant: str) -> None:
 @pytest.mark.parametrize("variant", ["gemma4_ple", "qwen3_5_tied"])
 def test_a_long_generation_grows_its_buffers_without_a_change(variant: str) -> None:
     target, _ = tiny_pair(variant)
-    text = varied_tokens(700)  # buffers are of 256, 512 and more
-    forced = Forced(mx.array(text + [0] * 20))
-    _, rows, _ = run_rounds(target, DialledDrafter.dial(text, 0.7), forced, text[:240], 290, 5)
-    assert gap(rows, one_pass(target, text)[239:529]) < EXACT
+    text = varied_tokens(560)  # buffers are of 256, 512 and more
+    forced, expected = Forced(mx.array(text + [0] * 20)), one_pass(target, text)
+    for prompt in (240, 490):
+        _, rows, _ = run_rounds(target, DialledDrafter.dial(text, 0.7), forced, text[:prompt], 40, 5)
+        assert gap(rows, expected[prompt - 1 :][:40]) < EXACT
 
 
 @pytest.mark.parametrize("variant", ["gemma4_keqv", "qwen3_5_dense"])
@@ -406,15 +398,18 @@ def test_an_interruption_between_two_rounds_costs_nothing(variant: str, monkeypa
 
 
 @pytest.mark.parametrize("variant", ["gemma4_keqv", "qwen3_5_tied"])
-def test_a_drafter_that_was_not_asked_for_long_knows_the_text_when_it_is(variant: str) -> None:
+def test_a_drafter_that_was_not_asked_for_long_knows_the_text_when_it_is(
+    variant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Plain rounds and copies do not tell it of anything; before it drafts again it catches up at once."""
+    monkeypatch.setattr("mtp_mlx.rounds.UNTOLD", 20)  # test_draft_model.py waits for as long as it is
     target, drafter = tiny_pair(variant)
-    text = varied_tokens(400)
+    text = varied_tokens(100)
     forced = Forced(mx.array(text + [0] * 40))
     sequence, told = open_sequence(target, drafter, forced), open_sequence(target, drafter, forced)
     for each in (sequence, told):
         each.prefill(text[:20], STEP, lambda done, total: None)
-    for plain_rounds in (1, 3, 270):
+    for plain_rounds in (1, 3, 27):
         for _ in range(plain_rounds):
             sequence.round(0)
         here = sequence.length + 1

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 from conftest import FIXTURES, program
 
+from mtp_mlx.cli.options import DISK, Cached
 from mtp_mlx.cli.serving import Door
+from mtp_mlx.loading import load_pair
 from mtp_mlx.server.run import listen
 
 MODEL = str(FIXTURES / "gemma4_keqv")
@@ -30,6 +32,7 @@ MODEL = str(FIXTURES / "gemma4_keqv")
         (["--api-key", "x", "--api-key-file", "y"], "leave one out"),
         (["--api-key-file", "/no/such/file"], "cannot be read"),
         (["--host", "no.such.host.invalid"], "no address of this machine"),
+        (["--think"], "no switch for thinking"),
     ],
 )
 def test_bad_options_are_one_line(arguments: list[str], message: str) -> None:
@@ -96,3 +99,10 @@ def _asked(served: "subprocess.Popen[str]") -> list[str]:
         with urllib.request.urlopen(asked, timeout=20) as answer:
             assert json.load(answer)["object"] in ("list", "text_completion")
     return said
+
+
+def test_the_prompt_cache_is_as_large_as_asked_for(tmp_path: Path) -> None:
+    loaded = load_pair(MODEL)
+    assert Cached.parse("2MB").open(loaded).budget == 2 * 10**6 and Cached.parse("0").open(loaded).budget == 0
+    assert Cached.parse("auto").open(loaded).budget > 0
+    assert Cached.parse("0", tmp_path).disk == DISK and Cached.parse("0", tmp_path, "3kB").disk == 3000

@@ -28,6 +28,7 @@ from talks import BRACES, CITY, TAGS, WEATHER, answer, call, conversations, resu
 from talks import tokenizer as talking
 from test_server_chat import fold
 
+from mtp_mlx.conversation import Talk
 from mtp_mlx.dialects import Dialect, find_dialect
 from mtp_mlx.engine import Piece, Token
 from mtp_mlx.server.asking import Task, Voice
@@ -132,9 +133,9 @@ def test_what_a_template_wrote_is_read_and_written_again(template: str, calls: l
     made = [call(each, key=f"call_{number}") for number, each in enumerate(calls)]
     said = answer("" if calls and template is BRACES else "Well, so.", reasoning_content=thought, tool_calls=made)
     follow = [result("dry", f"call_{number}") for number in range(len(made))] if made else []
-    prompt = talk.prompt(asked, tools, thinking=True)
-    before = talk.text(asked, tools, thinking=True)
-    first = talk.text([*asked, said, *follow], tools, thinking=True)
+    prompt = talk.prompt(Talk(asked, tools, thinking=True))
+    before = talk.text(Talk(asked, tools, thinking=True))
+    first = talk.text(Talk([*asked, said, *follow], tools, thinking=True))
     assert first.startswith(before)
     written = first[len(before) :].partition("<|im_end|>" if template is TAGS else "<tool_call|><|tool_response>")[0]
     written += "<tool_call|>" * (template is BRACES and bool(calls))
@@ -149,7 +150,7 @@ def test_what_a_template_wrote_is_read_and_written_again(template: str, calls: l
     assert (read.thoughts, read.content) == (thought, said["content"])
     again = [call(arguments, name, made[i]["id"]) for i, (_, name, arguments) in read.calls.items()]
     echoed = answer(read.content, reasoning_content=read.thoughts, tool_calls=again)
-    assert talk.text([*asked, echoed, *follow], tools, thinking=True) == first
+    assert talk.text(Talk([*asked, echoed, *follow], tools, thinking=True)) == first
 
 
 def streamed_texts(words: TokenizerWrapper, ids: list[int]) -> list[str]:

@@ -1,5 +1,6 @@
 """What a server tells about itself and its model."""
 
+from conftest import FIXTURES
 from served import USER, Served, serving
 from served import _shared as _shared
 from served import served as served
@@ -14,6 +15,12 @@ def test_the_one_model_is_listed_with_its_context(served: Served) -> None:
     assert served.client.get("/v1/models/tiny").json() == model == served.client.get("/models/org/tiny").json()
     missing = served.client.get("/v1/models/gpt-4o")
     assert missing.status_code == 404 and missing.json()["error"]["code"] == "model_not_found"
+
+
+def test_clients_are_not_told_where_files_lie(served: Served) -> None:
+    listed, told = (served.client.get(path).json() for path in ("/v1/models", "/props"))
+    assert listed["data"][0]["meta"]["drafter"] == told["drafter"] == "qwen3_5_tied"
+    assert str(FIXTURES) not in str(listed)
 
 
 def test_another_model_is_not_served_under_a_false_name(served: Served) -> None:

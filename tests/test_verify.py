@@ -2,9 +2,7 @@
 
 import json
 import math
-import os
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
@@ -366,7 +364,7 @@ def test_an_acceptance_that_changes_greedy_text_is_caught(broken: Accept, monkey
 @pytest.mark.parametrize("broken", [keep_every_draft, keep_probable_drafts, draw_colder, one_key_for_all_rows])
 def test_an_acceptance_that_changes_drawn_text_is_caught(broken: Accept, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choosing, "accept", broken)
-    report = verified(Plan((3,), 12, Sample(1.0), drawn=60), "code")
+    report = verified(Plan((3,), 12, Sample(1.0), drawn=36), "code")
     assert report.fits[0].astray and len(report.fits) == 1, "nothing more has to be drawn"
     assert report.verdict == "fault"
 
@@ -381,8 +379,8 @@ def test_the_distribution_alone_gives_a_sampler_away(monkeypatch: pytest.MonkeyP
 
     seeds: list[int] = []
     monkeypatch.setattr(verify_module, "stream_generate", noting)
-    report = verified(Plan((3,), 16, Dishonest(0.5), drawn=80), pair=tiny())
-    assert [fit.strays for fit in report.fits] == [0, 0] and report.fits[1].tokens >= 320
+    report = verified(Plan((3,), 16, Dishonest(0.5), drawn=56), pair=tiny())
+    assert [fit.strays for fit in report.fits] == [0, 0] and report.fits[1].tokens >= 4 * 56
     assert seeds == list(range(len(seeds))), "a text that raised the suspicion has no say in the second judgement"
     assert report.fits[1].p_value < UNLIKELY and "do not have the target's distribution" in report.sentence()
 
@@ -446,7 +444,7 @@ def keep_every_tested_draft(draft: Draft, logprobs: mx.array, keys: mx.array, sa
 def test_rejection_that_never_rejects_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """No key tells which token is right there, and what a good drafter proposes has the ranks of what is right."""
     monkeypatch.setattr(choosing, "accept", keep_every_tested_draft)
-    report = verified(Plan((3,), 16, Sample(1.0), drawn=80), "prose")
+    report = verified(Plan((3,), 16, Sample(1.0), drawn=56), "prose")
     assert [fit.strays for fit in report.fits] == [0, 0]
     assert report.fits[1].p_value < UNLIKELY and report.verdict == "fault"
 
@@ -545,30 +543,26 @@ def test_prompts_come_from_lines_or_from_json(tmp_path: Path) -> None:
         read_prompts(tmp_path / "nowhere")
 
 
-def run(*arguments: str, before: str = "") -> subprocess.CompletedProcess[str]:
-    """The program, in a process of its own if some lines of Python are to come before it."""
-    if not before:
-        return program("verify", *arguments)
-    command = [sys.executable, "-c", f"{before}\nfrom mtp_mlx.cli.main import main\nmain()", "verify", *arguments]
-    variables = {**os.environ, "MLX_DISABLE_COMPILE": "1", "PYTHONPATH": str(Path(__file__).parent)}
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=variables)
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return program("verify", *arguments)
 
 
 def test_the_command_reports_and_ends_with_the_verdict() -> None:
-    done = run("--tokens", "4", "--depth", "2", "--dtype", "float32")
+    model = str(FIXTURES / "gemma4_keqv")
+    done = run("--model", model, "--tokens", "4", "--depth", "2", "--dtype", "float32")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1].startswith("Output is unchanged: 10 of 10 texts")
-    for word in ("demo with ", "float32", "3 rows at a time", "as a prompt", "per round", "Drawn at temperature 1"):
+    for word in (f"{model} with ", "float32", "3 rows at a time", "as a prompt", "per round", "Drawn at temperature 1"):
         assert word in done.stdout
     assert all(name in done.stdout for name in PROMPTS) and done.stderr == "" and "\x1b" not in done.stdout
 
 
-def test_a_fault_is_reported_with_exit_1(tmp_path: Path) -> None:
+def test_a_fault_is_reported_with_exit_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choosing, "accept", keep_every_draft)
     prompts = tmp_path / "prompts.txt"
     prompts.write_text(PROMPTS["prose"])
-    broken = "from mtp_mlx import choosing\nimport test_verify\nchoosing.accept = test_verify.keep_every_draft"
-    options = ["--prompts", str(prompts), "--tokens", "24", "--depth", "3", "--temp", "0", "--dtype", "float32"]
-    done = run(*options, before=broken)
+    options = ["--prompts", str(prompts), "--tokens", "16", "--depth", "3", "--temp", "0", "--dtype", "float32"]
+    done = run(*options)
     assert done.returncode == 1, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1].startswith("FAULT: ") and "in place of" in done.stdout
     assert "Traceback" not in done.stderr
@@ -598,6 +592,7 @@ BAD = {
     "depth is a word": (["--depth", "fast"], "--depth fast"),
     "few tokens": (["--tokens", "1"], "1 tokens leave nothing"),
     "temperature": (["--temp", "-1"], "temperature"),
+    "filter of nothing": (["--temp", "0", "--min-p", "0.1"], "--min-p 0.1 is for texts with --temp above 0"),
     "seed": (["--seed", "-1"], "seed -1"),
     "prompts": (["--prompts", "/nowhere"], "--prompts /nowhere cannot be read"),
 }

@@ -5,13 +5,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from mtp_mlx.conversation import Prompt
+from mtp_mlx.conversation import Prompt, Talk
 from mtp_mlx.engine import Request
-from mtp_mlx.generation import check_text
 from mtp_mlx.grammar import Grammar
 from mtp_mlx.marks import Mark
 from mtp_mlx.options import Options
 from mtp_mlx.penalties import Penalties
+from mtp_mlx.prompts import check_text
 from mtp_mlx.sampling import Sampler, choose_sampler
 from mtp_mlx.server.limits import Limits
 from mtp_mlx.server.refusal import RefusedError, too_long
@@ -89,7 +89,7 @@ class Asking:
 
     def template(self, body: ChatTemplating) -> str:
         """The rendered text of a conversation."""
-        return self._service.conversations.text(*_conversation(body, body.tools or []), **self._templating(body))
+        return self._service.conversations.text(self._talk(body, body.tools or []))
 
     def completion(self, body: CompletionRequest) -> Task:
         """Raises RefusedError, or RequestError, for what cannot be served."""
@@ -115,15 +115,17 @@ class Asking:
         return Task((Request(ids, options, body.stops),), seconds=limit or None, silent=body.n_predict == 0)
 
     def _prompt(self, body: ChatRequest, tools: list[Tool]) -> Prompt:
-        return self._service.conversations.prompt(*_conversation(body, tools), **self._templating(body))
+        return self._service.conversations.prompt(self._talk(body, tools))
 
-    def _templating(self, body: ChatTemplating) -> dict[str, Any]:
-        return {
-            "thinking": self._service.defaults.thinking,
-            "effort": body.reasoning_effort,
-            "template_options": body.chat_template_kwargs or {},
-            "continue_last": bool(body.continue_final_message),
-        }
+    def _talk(self, body: ChatTemplating, tools: list[Tool]) -> Talk:
+        return Talk(
+            [message.model_dump(exclude_none=True) for message in body.messages],
+            [tool.model_dump(exclude_none=True) for tool in tools],
+            thinking=self._service.defaults.thinking,
+            effort=body.reasoning_effort,
+            template_options=body.chat_template_kwargs or {},
+            continue_last=bool(body.continue_final_message),
+        )
 
     def _offered(self, body: ChatRequest) -> list[Tool]:
         """The tools that the model is told of: the chosen one, where one was chosen."""
@@ -284,12 +286,6 @@ class Asking:
             )
         requests = tuple(_reseeded(request, i) for request in asked for i in range(copies))
         return Task(requests, voice, copies, predicted=body.prediction is not None)
-
-
-def _conversation(body: ChatTemplating, tools: list[Tool]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Messages and tools as a template is to see them."""
-    messages = [message.model_dump(exclude_none=True) for message in body.messages]
-    return messages, [tool.model_dump(exclude_none=True) for tool in tools]
 
 
 def _schemas(tools: list[Tool]) -> Tools:

@@ -14,9 +14,8 @@ from mtp_mlx.server.metrics import Metrics
 from mtp_mlx.server.reply import Reply
 
 _log = logging.getLogger(__name__)
-_CONTROL = re.compile(
-    r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]"
-)  # what breaks a line, moves a cursor or turns text
+# What breaks a line, moves a cursor or turns text.
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 CLIENT_GONE = 499  # nginx' status for it
 
 

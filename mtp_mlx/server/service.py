@@ -80,9 +80,9 @@ class Service:
             slots=slots,
             defaults=defaults or Defaults(),
             facts={
-                "drafter": loaded.drafter,
+                "drafter": loaded.drafter and _last_part(loaded.drafter),
                 "drafter_reason": loaded.drafter_reason,
-                "adapter": loaded.adapter,
+                "adapter": loaded.adapter and _last_part(loaded.adapter),
                 "weights_bytes": target.nbytes + loaded.pair.drafter.nbytes,
             },
         )
@@ -109,7 +109,7 @@ class Service:
 
     def check_name(self, given: str | None) -> None:
         """Raises RefusedError for a model that is not the one served; nothing is ever loaded for a request."""
-        known = {*self.names, *(name.rstrip("/").rpartition("/")[2] for name in self.names)}
+        known = {*self.names, *map(_last_part, self.names)}
         if given is not None and given not in known:
             raise RefusedError(
                 404,
@@ -117,3 +117,8 @@ class Service:
                 param="model",
                 code="model_not_found",
             )
+
+
+def _last_part(name: str) -> str:
+    """The name alone, of a folder or a hub id: clients need not know where this machine keeps its files."""
+    return name.rstrip("/").rpartition("/")[2]

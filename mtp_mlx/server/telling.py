@@ -8,7 +8,8 @@ from typing import Any
 from fastapi import APIRouter, Response
 from starlette.responses import HTMLResponse
 
-from mtp_mlx.generation import check_text, check_tokens
+from mtp_mlx.generation import check_tokens
+from mtp_mlx.prompts import check_text
 from mtp_mlx.server.asking import Asking
 from mtp_mlx.server.metrics import Metrics
 from mtp_mlx.server.refusal import DOCUMENTED
