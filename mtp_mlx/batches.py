@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
@@ -13,10 +14,12 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mtp_mlx.errors import RequestError
 from mtp_mlx.generation import Progress, Response, generation, wired
+from mtp_mlx.model import Model, pair_of
 from mtp_mlx.ngram import NOBODY
 from mtp_mlx.options import DEFAULT_PREFILL_STEP, Options, Prompt
 from mtp_mlx.penalties import Penalties
 from mtp_mlx.prefixes import Prefixes
+from mtp_mlx.prompt_cache import PromptCache, stock_caches
 from mtp_mlx.sampling import Sampler
 from mtp_mlx.together import Together
 from mtp_mlx.types import Pair
@@ -37,7 +40,7 @@ class Figures(BatchStats):
 
 
 def batch_generate(
-    pair: Pair,
+    model: Model | Pair,
     tokenizer: TokenizerWrapper,
     prompts: Sequence[Prompt],
     prompt_caches: list[list[Any]] | None = None,
@@ -57,16 +60,19 @@ def batch_generate(
 ) -> BatchResponse:
     """Write what follows each of many prompts, at most `completion_batch_size` of them at the same time.
 
-    Prompts are token ids or text. `max_tokens`, `sampler`, `logits_processors`, `penalties` and `seed` are for all
-    prompts, or lists with one for each; a single seed is that of the first prompt, the next one has the next seed. Each
-    text is the one that `stream_generate` gives for its prompt alone: texts share a batch where that is measured to be
-    faster, each keeps as many drafts as are right for it, and one that ends makes room for the next.
+    `model` is what `mtp_mlx.load` returns. Prompts are token ids or text. `prompt_caches` has for each of them a list
+    of mlx-lm's caches, of what was read before, which stay as they are; with `return_prompt_caches` the response has
+    such lists, which hold that, the prompt and all tokens that were given.
+
+    `max_tokens`, `sampler`, `logits_processors`, `penalties` and `seed` are for all prompts, or lists with one for
+    each; a single seed is that of the first prompt, the next one has the next seed. Each text is the one that
+    `stream_generate` gives for its prompt alone: texts share a batch where that is measured to be faster, each keeps as
+    many drafts as are right for it, and one that ends makes room for the next.
 
     The response is mlx-lm's, its `stats` also say how many tokens were drafted and accepted. Raises RequestError for a
     list of another length than `prompts` and for what `stream_generate` refuses.
     """
-    if prompt_caches is not None or return_prompt_caches:
-        raise RequestError("batch_generate takes and gives no prompt caches; use stream_generate with prompt_cache")
+    pair = pair_of(model)
     if completion_batch_size < 1:
         raise RequestError(f"completion_batch_size is {completion_batch_size}; give at least 1")
     count = len(prompts)
@@ -83,17 +89,29 @@ def batch_generate(
         Options(tokens, depth, own, penalty, processors, number, prefill_step_size=prefill_step_size)
         for tokens, own, penalty, processors, number in rows
     ]
-    running = replace(pair, drafter=NOBODY) if depth == 0 else pair
+    caches = _caches(pair, prompt_caches, return_prompt_caches, count)
+    running = replace(pair, drafter=NOBODY) if depth == 0 and not caches else pair
     prefixes = Prefixes(running, 0)  # it knows what memory texts have been promised
     texts = [
-        partial(generation, running, tokenizer, prompt, own, prefixes)
-        for prompt, own in zip(prompts, options, strict=True)
+        partial(generation, running, tokenizer, prompt, own, caches[number] if caches else prefixes)
+        for number, (prompt, own) in enumerate(zip(prompts, options, strict=True))
     ]
     results = _Results(count, verbose, return_logprobs)
     with wired():
         for number, event in Together(running).write(texts, completion_batch_size):
-            results.add(number, event)
-    return results.response(tokenizer, return_token_ids)
+            if isinstance(event, list) and caches:
+                results.add(number, list(caches[number].hand_out(event)))
+            else:
+                results.add(number, event)
+    returned = [cache.caches for cache in caches] if return_prompt_caches else None
+    return results.response(tokenizer, return_token_ids, returned)
+
+
+def _caches(pair: Pair, given: list[list[Any]] | None, wanted: bool, count: int) -> list[PromptCache]:
+    """Copies of the caches that were given, or empty ones where they are wanted; none where nobody asks for any."""
+    if given is None:
+        return [PromptCache(pair, stock_caches(pair.target)) for _ in range(count * wanted)]
+    return [PromptCache(pair, deepcopy(caches)) for caches in _each(given, count, "prompt_caches")]
 
 
 def _each(given: Any, count: int, name: str) -> list[Any]:
@@ -147,7 +165,7 @@ class _Results:
         if self._verbose:
             print(f"[batch_generate] Finished processing {len(self._ended)}/{len(self._tokens)} ...", end="\r")
 
-    def response(self, tokenizer: TokenizerWrapper, token_ids: bool) -> BatchResponse:
+    def response(self, tokenizer: TokenizerWrapper, token_ids: bool, caches: list[list[Any]] | None) -> BatchResponse:
         texts = [cast(str, tokenizer.decode(tokens)) for tokens in self._tokens]
         stats = self._stats()
         if self._verbose:
@@ -157,7 +175,7 @@ class _Results:
                 f"[batch_generate] Generation: {stats.generation_tokens} tokens, {stats.decode_tps:.3f} tokens-per-sec"
             )
             print(f"[batch_generate] Peak memory: {stats.peak_memory:.3f} GB")
-        return BatchResponse(texts, stats, None, self._tokens if token_ids else None, self._logprobs)
+        return BatchResponse(texts, stats, caches, self._tokens if token_ids else None, self._logprobs)
 
     def _stats(self) -> Figures:
         last = [response.stats for response in self._ended.values()]

@@ -13,7 +13,7 @@ from mtp_mlx.choosing import Drafts
 from mtp_mlx.draft_model import DraftModel
 from mtp_mlx.errors import RequestError
 from mtp_mlx.generation import Progress, Response, check_lengths, encode, generation, solo, wired
-from mtp_mlx.model import Model
+from mtp_mlx.model import Model, pair_of
 from mtp_mlx.options import DEFAULT_MAX_TOKENS, DEFAULT_PREFILL_STEP, Options, Prompt
 from mtp_mlx.penalties import Penalties
 from mtp_mlx.prompt_cache import PromptCache
@@ -94,7 +94,7 @@ def stream_generate(
     )
     words: Any = tokenizer if isinstance(tokenizer, TokenizerWrapper | _NoText) else TokenizerWrapper(tokenizer)
     ids = encode(words, prompt)
-    pair = _drafting(_pair(model, "model"), draft_model)
+    pair = _drafting(pair_of(model), draft_model)
     cache = None if prompt_cache is None else PromptCache(pair, prompt_cache)
     storage = _Storage(kv_bits, kv_group_size, quantized_kv_start, max_kv_size, input_embeddings is not None)
     pair = storage.applied(pair, cache, len(ids), options.max_tokens)
@@ -181,20 +181,11 @@ class _NoText:
 _NO_TEXT = _NoText()
 
 
-def _pair(model: Model | Pair, name: str) -> Pair:
-    if isinstance(model, Pair):
-        return model
-    if not isinstance(model, Model):
-        kind = f"{type(model).__module__}.{type(model).__qualname__}"
-        raise RequestError(f"{name} is a {kind}; give what mtp_mlx.load returns for it")
-    return model.pair
-
-
 def _drafting(pair: Pair, draft_model: Model | Pair | None) -> Pair:
     """A pair whose drafter is that model."""
     if draft_model is None:
         return pair
-    small, target = _pair(draft_model, "draft_model").target, pair.target
+    small, target = pair_of(draft_model, "draft_model").target, pair.target
     if type(small) is not type(target) or small.vocabulary != target.vocabulary:
         raise RequestError(
             f"draft_model is a {type(small).__module__} of {small.vocabulary} tokens, the model a "

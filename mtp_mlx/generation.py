@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple, cast
 
 import mlx.core as mx
 from mlx_lm.generate import GenerationResponse
+from mlx_lm.sample_utils import greedy_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import maybe_set_recommended_wired_limit
 
@@ -265,8 +266,10 @@ def choose_rules(
     chosen.check(pair.target.vocabulary)
     if drafts not in ("coupled", "argmax") and not isinstance(drafts, Sample):
         raise RequestError(f'drafts {drafts!r} is neither "coupled" nor "argmax" nor a Sample')
-    if sampler is None or isinstance(sampler, Greedy | Sample):
-        rules = Rules(sampler or Greedy(), chosen, drafts)
+    if sampler is None or sampler is greedy_sampler:
+        sampler = Greedy()
+    if isinstance(sampler, Greedy | Sample):
+        rules = Rules(sampler, chosen, drafts)
         return Callables(rules.sampler, (*_as_processors(chosen), *processors), stops) if processors else rules
     return Callables(sampler, (*_as_processors(chosen), *processors), stops)
 

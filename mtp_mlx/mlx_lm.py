@@ -69,7 +69,7 @@ class Inside:
     ) -> BatchResponse:
         """Texts written together, with drafts. Their prompts are read one after the other, whatever the batch size."""
         seed = draw_seed() if self.seeded else None
-        return batch_generate(model.pair, tokenizer, prompts, depth=self.depth, seed=seed, **options)
+        return batch_generate(model, tokenizer, prompts, depth=self.depth, seed=seed, **options)
 
     @property
     def drafts(self) -> bool:

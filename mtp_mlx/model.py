@@ -63,3 +63,13 @@ class Model(nn.Module):
         caches = self.make_cache() if cache is None else cache
         held = stock.over(self._kept, caches)
         return self._pair.target(inputs, held, stock.span(caches, inputs.shape[1])).logits
+
+
+def pair_of(model: Model | Pair, name: str = "model") -> Pair:
+    """The pair of a model that `mtp_mlx.load` or `attach` gave. Raises RequestError for anything else."""
+    if isinstance(model, Pair):
+        return model
+    if not isinstance(model, Model):
+        kind = f"{type(model).__module__}.{type(model).__qualname__}"
+        raise RequestError(f"{name} is a {kind}; give what mtp_mlx.load returns for it")
+    return model.pair

@@ -20,6 +20,7 @@ from mtp_mlx.draft_model import Aside
 from mtp_mlx.errors import RequestError
 from mtp_mlx.rounds import Sequence
 from mtp_mlx.snapshots import Part, Snapshot, blank, restore, take
+from mtp_mlx.stock import empty
 from mtp_mlx.types import Held, LayerCache, Pair, Target
 
 Response = TypeVar("Response")
@@ -36,20 +37,7 @@ def stock_caches(target: Target) -> list[Any]:
 
 
 def _stock(layers: Iterable[LayerCache]) -> list[Any]:
-    return [cache for layer in layers for cache in _empty(layer)]
-
-
-def _empty(layer: LayerCache) -> list[Any]:
-    match layer:
-        case Aside():
-            return _stock(layer.cache.layers)
-        case RecurrentCache():
-            return [ArraysCache(size=2)]
-        case SlidingCache():
-            return [RotatingKVCache(max_size=layer.window)]
-        case FullCache():
-            return [KVCache()]
-    raise AssertionError(f"mlx-lm has nothing for a {type(layer).__name__}")
+    return [cache for layer in layers for cache in empty(_inner(layer))]
 
 
 class PromptCache:

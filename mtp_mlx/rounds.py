@@ -6,6 +6,7 @@ read once by the host.
 
 from collections.abc import Callable, Hashable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from weakref import ref
 
 import mlx.core as mx
 
@@ -74,13 +75,20 @@ class Batch:
 
     def __init__(self, pair: Pair, sequences: "list[Sequence]", cache: Cache, state: State):
         self.pair = pair
-        self.sequences = sequences
+        self._members = [ref(sequence) for sequence in sequences]  # they hold the batch, and buffers go with them
         self.cache = cache
         self.state = state
         self.ready = False  # whether the drafter has been told of the token before the newest one
         self.rounds = 0
         self._block: _Block | None = None
         self._untold: list[tuple[mx.array, mx.array]] = []  # tokens and hiddens that the drafter has yet to learn of
+
+    @property
+    def sequences(self) -> "list[Sequence]":
+        """The texts, in the order of their rows. Whoever began one has to keep it or have it leave."""
+        alive = [member() for member in self._members]
+        assert None not in alive, "a text has been dropped in the middle of a batch"
+        return cast(list[Sequence], alive)
 
     def join(self, other: "Batch") -> None:
         """Take in the texts of another batch, which is used up. The drafter has been told of both, see `ready`."""
@@ -89,13 +97,14 @@ class Batch:
         other.commit()
         self.cache.join(other.cache)
         self.state = tuple(mx.concatenate([ours, theirs]) for ours, theirs in zip(self.state, other.state, strict=True))
-        self.sequences += other.sequences
-        for sequence in other.sequences:
+        joining = other.sequences
+        self._members += other._members
+        for sequence in joining:
             sequence.batch = self
 
     def release(self, leaving: "list[Sequence]") -> None:
         """Let texts go on by themselves, each in a batch of its own; the others stay."""
-        if len(self.sequences) == 1:
+        if len(self._members) == 1:
             return
         self.commit()
         apart = [sequence for sequence in self.sequences if sequence in leaving]
@@ -104,7 +113,7 @@ class Batch:
         staying = [sequence for sequence in self.sequences if sequence not in leaving]
         if staying:
             rest = self._of(staying)
-            self.sequences, self.cache, self.state = staying, rest.cache, rest.state
+            self._members, self.cache, self.state = rest._members, rest.cache, rest.state
 
     def _of(self, sequences: "list[Sequence]") -> "Batch":
         rows = [self.sequences.index(sequence) for sequence in sequences]

@@ -8,6 +8,7 @@ from unittest import mock
 import mlx.core as mx
 import pytest
 from conftest import FIXTURES, WINDOW, varied_tokens
+from mlx_lm.models.cache import KVCache
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
@@ -109,13 +110,33 @@ def test_the_response_is_mlx_lm_s(loaded: Loaded, capsys: pytest.CaptureFixture[
     assert empty.texts == []
 
 
+@pytest.mark.parametrize("depth", [0, 3])
+def test_prompt_caches_are_gone_on_from_and_returned(loaded: Loaded, sizes: list[int], depth: int) -> None:
+    """Those that were given stay as they are; those that come back hold all that was read and given."""
+    prompts = [varied_tokens(length, seed=length) for length in LENGTHS[:4]]
+    first = batch_generate(*loaded, prompts, max_tokens=[5, 9, 6, 12], return_prompt_caches=True, return_token_ids=True)
+    assert first.caches is not None and first.token_ids is not None
+    read = [prompt + ids for prompt, ids in zip(prompts, first.token_ids, strict=True)]
+    held = [next(int(cache.offset) for cache in caches if type(cache) is KVCache) for caches in first.caches]
+    assert held == [len(text) for text in read]
+    more = [varied_tokens(7, seed=row) for row in range(4)]
+    for _ in range(2):
+        second = batch_generate(
+            *loaded, more, prompt_caches=first.caches, max_tokens=10, return_token_ids=True, depth=depth
+        )
+        whole = [text + extra for text, extra in zip(read, more, strict=True)]
+        assert second.token_ids == [_alone(loaded, text, 10, depth=0) for text in whole]
+    assert max(sizes) == 4
+
+
 def test_what_does_not_fit_is_refused(loaded: Loaded) -> None:
     for options, word in (
         ({"max_tokens": [3]}, "max_tokens has 1 entries for 2 prompts"),
         ({"seed": [1, 2, 3]}, "seed has 3 entries"),
         ({"sampler": [None]}, "sampler has 1"),
         ({"completion_batch_size": 0}, "at least 1"),
-        ({"return_prompt_caches": True}, "prompt caches"),
+        ({"prompt_caches": [[]]}, "prompt_caches has 1 entries"),
+        ({"prompt_caches": [[], []]}, "the prompt cache has 0 entries"),
         ({"max_tokens": 0}, "max tokens is 0"),
     ):
         with pytest.raises(RequestError, match=word):

@@ -63,7 +63,17 @@ ALLOWED = {
         "model",
         "sampling",
     },
-    "mtp_mlx.prompt_cache": {"admission", "cache", "choosing", "draft_model", "errors", "rounds", "snapshots", "types"},
+    "mtp_mlx.prompt_cache": {
+        "stock",
+        "admission",
+        "cache",
+        "choosing",
+        "draft_model",
+        "errors",
+        "rounds",
+        "snapshots",
+        "types",
+    },
     "mtp_mlx.generate": {
         "cache",
         "choosing",
@@ -98,6 +108,8 @@ ALLOWED = {
     "mtp_mlx.stops": set(),
     "mtp_mlx.together": {"", "depth", "errors", "generation", "rounds", "types"},
     "mtp_mlx.batches": {
+        "model",
+        "prompt_cache",
         "errors",
         "generation",
         "ngram",

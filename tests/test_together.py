@@ -102,7 +102,8 @@ def test_the_drafter_proposes_what_it_would_for_a_text_alone(variant: str, rows:
     target, drafter = tiny_pair(variant)
     prompts = [varied_tokens(length, seed=length) for length in LENGTHS[:rows]]
     alone = [_begun(open_sequence(target, drafter, Greedy()), prompt) for prompt in prompts]
-    batch = _joined([_begun(open_sequence(target, drafter, Greedy()), prompt) for prompt in prompts])
+    texts = [_begun(open_sequence(target, drafter, Greedy()), prompt) for prompt in prompts]
+    batch = _joined(texts)
     for k in (3, 1, 0, 0, 0, 5, 0, 2):
         results = _sound(batch.round(k))
         singles = [sequence.round(k) for sequence in alone]
@@ -128,7 +129,8 @@ def test_a_drafter_that_is_told_later_learns_of_what_each_text_has_kept(variant:
     def opened() -> list[Sequence]:
         return [_begun(open_sequence(target, drafter, forced), text[:length]) for length in (5, WINDOW, 2 * WINDOW)]
 
-    batch, alone = _joined(opened()), opened()
+    texts, alone = opened(), opened()
+    batch = _joined(texts)
     plans: list[tuple[int, ...] | int] = [0, 0, (3, 0, 1), 0, (2, 2, 2), 0, (0, 4, 0), 2, (1, 0, 3), 0]
     for plan in plans:
         rights = (plan,) * 3 if isinstance(plan, int) else plan
@@ -172,7 +174,8 @@ def test_each_text_has_its_own_sampler_seed_penalties_and_callables(variant: str
         cases = zip(prompts, choosers, strict=True)
         return [_begun(Sequence(pair, chooser, seed), prompt) for seed, (prompt, chooser) in enumerate(cases, 40)]
 
-    batch, alone = _joined(opened()), opened()
+    texts, alone = opened(), opened()
+    batch = _joined(texts)
     accepted = set[int]()
     for k in (3, 0, 5, 2, 4):
         results = _sound(batch.round(k))
@@ -193,7 +196,8 @@ def test_quantised_caches_are_batched_too(variant: str, bits: int) -> None:
     def opened() -> list[Sequence]:
         return [_begun(open_sequence(target, drafter, Greedy(), kv_bits=bits), prompt) for prompt in prompts]
 
-    batch, alone = _joined(opened()), opened()
+    texts, alone = opened(), opened()
+    batch = _joined(texts)
     for _ in range(6):
         assert [result.tokens for result in _sound(batch.round(3))] == [each.round(3).tokens for each in alone]
 
@@ -203,7 +207,8 @@ def test_rows_of_different_capacity_meet(variant: str) -> None:
     """One text has outgrown the smallest buffers, the other has not; both grow on in one batch."""
     target, drafter = tiny_pair(variant)
     prompts = varied_tokens(20, seed=2), varied_tokens(300, seed=1), varied_tokens(30, seed=3)
-    batch = _joined([_begun(open_sequence(target, drafter, Greedy()), prompt) for prompt in prompts])
+    texts = [_begun(open_sequence(target, drafter, Greedy()), prompt) for prompt in prompts]
+    batch = _joined(texts)
     for _ in range(20):
         _sound(batch.round(3))
     for sequence, prompt in zip(batch.sequences, prompts, strict=True):
