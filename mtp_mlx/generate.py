@@ -103,7 +103,7 @@ def stream_generate(
         prefill_step_size,
     )
     with wired():
-        for event in generation(pair, tokenizer, prompt, options):
+        for event in pair.agreed.together(generation(pair, tokenizer, prompt, options)):
             if isinstance(event, Progress):
                 progress(event.done, event.total)
             else:
@@ -124,14 +124,14 @@ def generation(
     `marks` are numbers of its tokens after which other prompts may differ.
     """
     began = time.perf_counter()
-    ids = encode(tokenizer, prompt)
+    ids = pair.agreed.ids(encode(tokenizer, prompt))
     # At depth 0 nobody has to keep a drafter up to date, unless others go on from here.
     running = pair if prefixes or options.depth != 0 else replace(pair, drafter=NOBODY)
     prefixes = prefixes or Prefixes(running, 0)
     admission = _admitted(running, ids, options, prefixes)
     budget = admission.tokens
-    copies = _copies(tokenizer, ids, options, pair.target.vocabulary)
-    seed = draw_seed() if options.seed is None else options.seed
+    copies = _copies(pair, tokenizer, ids, options)
+    (seed,) = pair.agreed.ids([draw_seed()]) if options.seed is None else (options.seed,)
     chooser = _chooser(pair, tokenizer, options)
     mx.reset_peak_memory()
     with _policy(pair, options) as policy, prefixes.open(ids, chooser, seed, admission.promised) as text:
@@ -169,14 +169,16 @@ def _admitted(pair: Pair, ids: list[int], options: Options, prefixes: Prefixes) 
     allowed = check_lengths(len(ids), options.max_tokens, pair.target.context)
     endless, evictable = options.max_tokens == -1, prefixes.evictable
     admission = admit(pair, len(ids), allowed, endless=endless, evictable=evictable, claims=prefixes.claims)
+    admission = admission._replace(tokens=pair.agreed.least(admission.tokens))
     prefixes.release(admission.short)
     return admission
 
 
-def _copies(tokenizer: TokenizerWrapper, ids: list[int], options: Options, vocabulary: int) -> Copies | None:
+def _copies(pair: Pair, tokenizer: TokenizerWrapper, ids: list[int], options: Options) -> Copies | None:
     """Earlier and predicted text that may be tried as drafts."""
     predicted = [] if options.prediction is None else encode(tokenizer, options.prediction, special=False)
-    check_tokens(predicted, vocabulary)
+    predicted = pair.agreed.ids(predicted)
+    check_tokens(predicted, pair.target.vocabulary)
     wanted = options.depth != 0 and (predicted or (options.lookup and options.depth == "auto"))
     return Copies(ids, predicted) if wanted else None
 

@@ -7,15 +7,18 @@ import logging
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_tokenizer
 
 from mtp_mlx import adapters, memory
+from mtp_mlx.agreement import Agreement
 from mtp_mlx.checkpoint import Checkpoint, TensorEntry, read_header, read_json
 from mtp_mlx.draft_model import DraftModel
 from mtp_mlx.drafter_bits import Bits, choose_bits, quantise
@@ -24,6 +27,7 @@ from mtp_mlx.hub import DEMO, DEMOS, TENSORS, find, first_line
 from mtp_mlx.models import base, gemma4, gemma4_assistant, qwen3_5, qwen3_5_mtp
 from mtp_mlx.ngram import NOBODY
 from mtp_mlx.pairs import HOW_TO_GET_A_HEAD, LOOKUP, Choice, choose, holds_head, sidecar
+from mtp_mlx.sharding import Held, Unread, part_of, share
 from mtp_mlx.types import Drafter, Pair, Target
 
 Built = TypeVar("Built")
@@ -45,6 +49,7 @@ class Loaded:
     expected: bool = True  # the drafter was named, or is a part of the target; another choice is news to the user
     places: tuple[Path, ...] = ()  # folders, or a drafter's file, that all of it was read from
     networks: tuple[nn.Module, ...] = ()  # all weights: the target's, and the drafter's own
+    held: Held | None = None  # what this machine holds of the target, where several do
 
 
 def _gemma4_target(checkpoint: Checkpoint, dtype: mx.Dtype | None) -> gemma4.Model:
@@ -222,20 +227,28 @@ def load_pair(
     drafter_bits: Bits = "auto",
     kv_bits: int | None = None,
     adapter: str | None = None,
+    group: mx.distributed.Group | None = None,
 ) -> Loaded:
-    """As `load`, with the names of both parts and the reason for the choice of drafter."""
+    """As `load`, with the names of both parts and the reason for the choice of drafter.
+
+    With a `group` of several machines each of them calls this, keeps its part of the target, and gets a pair that
+    all of them have to run in step, one text after the other (docs/machines.md).
+    """
     if kv_bits not in (None, 4, 8):
         raise RequestError(f"keys and values cannot be held in {kv_bits} bits; give 4 or 8, or leave it out")
     if dtype is not None and not mx.issubdtype(dtype, mx.floating):
         raise RequestError(f"weights cannot be {dtype}; give a floating-point type such as mx.float32")
     checkpoint = open_target(find(model, open_target))
     build = _TARGETS[checkpoint.model_type]
+    agreed = Agreement(group)
+    if adapter is not None and agreed.size > 1:
+        raise RequestError(f"--adapter {adapter} cannot be put onto a part of a target; fuse it with mlx_lm.fuse first")
     choice = choose(model, checkpoint, drafter)
     # Before the target, which may take minutes: a mistyped drafter should be known at once.
     locate = cache(find)
     chosen, reason, build_drafter = _drafter(choice, checkpoint, locate)
     added = None if adapter is None else locate(adapter)
-    target = build(checkpoint, dtype)
+    target, held = _shared(build, checkpoint, dtype, group)
     tuned = None if added is None else f"{adapter}: {adapters.apply(_module(target), added)}"
     _check_kv(target, kv_bits)
     built, failure = _build(build_drafter, choice, dtype, target)
@@ -245,9 +258,10 @@ def load_pair(
     network = _network_of(built)
     networks = [_module(target), *([] if network is None else [_module(network)])]
     mx.eval([part.parameters() for part in networks])
+    agreed.compare(_identity(checkpoint, networks, type(built), dtype, kv_bits))
     places = [checkpoint.folder, *(locate(name) for name in (chosen, adapter) if name is not None)]
     return Loaded(
-        Pair(target, built, kv_bits=kv_bits),
+        Pair(target, built, kv_bits=kv_bits, agreed=agreed),
         _tokenizer(checkpoint),
         model,
         chosen,
@@ -256,7 +270,31 @@ def load_pair(
         choice.own,
         tuple(places),
         tuple(networks),
+        held,
     )
+
+
+def _shared(
+    build: Callable[[Checkpoint, mx.Dtype | None], Target],
+    checkpoint: Checkpoint,
+    dtype: mx.Dtype | None,
+    group: mx.distributed.Group | None,
+) -> tuple[Target, Held | None]:
+    """The target, or this machine's part of it."""
+    if group is None or group.size() == 1:
+        return build(checkpoint, dtype), None
+    target = build(Unread.of(checkpoint), dtype)
+    held = share(_network(target), part_of(group), str(checkpoint.folder))
+    _log.info("%s", held)
+    return target, held
+
+
+def _identity(checkpoint: Checkpoint, networks: list[nn.Module], *options: object) -> str:
+    """What has to be the same on all machines of a group."""
+    names = ("mtp-mlx", "mlx", "mlx-lm")
+    drafts: dict[str, mx.array] = dict(tree_flatten(networks[1].parameters())) if networks[1:] else {}
+    shapes = [(name, array.shape, array.dtype) for name, array in drafts.items()]
+    return str([dict(checkpoint.config), shapes, options, [version(name) for name in names]])
 
 
 def _check_kv(target: Target, kv_bits: int | None) -> None:
@@ -340,7 +378,7 @@ def _module(network: Target | memory.Network) -> nn.Module:
     return network
 
 
-def _network(target: Target) -> memory.Network:
+def _network(target: Target) -> gemma4.Model | qwen3_5.Model:
     assert isinstance(target, gemma4.Model | qwen3_5.Model)
     return target
 

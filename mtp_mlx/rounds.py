@@ -153,7 +153,8 @@ class Sequence:
         assert self.ready, "a drafter that has not been told of the text has nothing to draft from"
         last = mx.array(self.text[-1:], mx.int32)
         fixed = (drafts, self.chooser.rules, self.pair.target.vocabulary)
-        return Draft(*self._run(steps.propose, self.pair.drafter, fixed, self.state, last, self._context()))
+        tokens, *laws = self._run(steps.propose, self.pair.drafter, fixed, self.state, last, self._context())
+        return Draft(self.pair.agreed.tokens(tokens), *laws)
 
     def _verify(self, block: mx.array, draft: Draft, clock: Clock) -> tuple[mx.array, Choice]:
         """The hidden of every row, (B, k+1, D), and the target's choice; this is where the host waits and reads."""
@@ -162,6 +163,7 @@ class Sequence:
             return self._verify_apart(block, draft, clock)
         laws = [] if draft.logprobs is None else [draft.logprobs]
         report, logprobs, hidden = self._run(steps.judge, self.pair.target, self.chooser, block, laws, self._context())
+        report = self.pair.agreed.tokens(report)
         clock.evaluate(report, logprobs, hidden, self.cache.arrays(), self.state)
         return hidden, read(report, logprobs)
 
@@ -174,10 +176,11 @@ class Sequence:
             clock.evaluate(logits, hidden, draft.tokens, self.cache.arrays(), self.state)
             drafted = cast(list[int], draft.tokens[0].tolist())
             rows = None if masks is None else masks[0]
-            return hidden, self.chooser.choose(self.seed, self.text, drafted, logits[0], rows)
+            return hidden, self.chooser.choose(self.seed, self.text, drafted, logits[0], rows, self.pair.agreed)
         laws = [] if draft.logprobs is None else [draft.logprobs]
         arrays = (logits, block, laws, self._context(), [] if masks is None else [masks])
         report, logprobs = self._run(steps.decide, self.pair.target, self.chooser, *arrays)
+        report = self.pair.agreed.tokens(report)
         clock.evaluate(report, logprobs, hidden, self.cache.arrays(), self.state)
         return hidden, read(report, logprobs)
 
@@ -251,7 +254,8 @@ def rounds(sequence: Sequence, depth: Depth, budget: int, copies: Copies | None 
         choice = depth.choose(len(copy), most)
         timed = number >= WARM_UP and (number - WARM_UP) % SPLIT_EVERY == 0
         result = sequence.round(copy[: choice.drafts] if choice.copied else choice.drafts, timed)
-        depth.observe(Outcome(result.drafted, result.copied, result.accepted, result.likely, result.times.total))
+        seconds = sequence.pair.agreed.seconds(result.times.total)
+        depth.observe(Outcome(result.drafted, result.copied, result.accepted, result.likely, seconds))
         if copies:
             copies.extend(result.tokens)
             if result.copied:
