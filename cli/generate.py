@@ -11,6 +11,7 @@ import typer
 
 from mtp_mlx.choosing import Drafts
 from mtp_mlx.cli.display import Notes, Progress, Writer, note, stats_table, versions
+from mtp_mlx.cli.group import Backend, join
 from mtp_mlx.cli.options import (
     Adapter,
     Depth,
@@ -105,6 +106,7 @@ def command(
     dtype: Dtype = "auto",
     drafter_bits: DrafterBits = "auto",
     kv_bits: KvBits = "none",
+    backend: Backend = "any",
     ignore_chat_template: Annotated[
         bool, typer.Option("--ignore-chat-template", help="Continue the prompt as plain text.")
     ] = False,
@@ -139,10 +141,15 @@ def command(
     )
     drawn = parse_drafts(drafts, sampler, draft_temp)
     predicted = None if prediction is None else _read_file(prediction)
+    group = join(backend)
+    if group is not None and prompt in (None, "-"):
+        raise RequestError("mlx.launch never ends standard input; give the prompt as an argument")
+    speaks = group is None or group.rank() == 0
     text = _read_prompt(prompt, model)
     with Notes(verbose) as notes, Progress() as progress:
-        loaded = Parts(model, drafter, dtype, drafter_bits, kv_bits, adapter).load()
-        if verbose or (drafter == "auto" and not loaded.expected and not as_json):  # which has it among the figures
+        loaded = Parts(model, drafter, dtype, drafter_bits, kv_bits, adapter).load(group)
+        news = speaks and drafter == "auto" and not loaded.expected
+        if verbose or (news and not as_json):  # which has it among the figures
             note(f"drafter: {loaded.drafter or 'none'} ({loaded.drafter_reason})")
         if loaded.adapter:
             note(f"adapter: {loaded.adapter}")
@@ -162,7 +169,9 @@ def command(
             prefill_step_size=prefill_step_size,
             prompt_progress_callback=progress,
         )
-        if as_json:
+        if not speaks:
+            _follow(responses)
+        elif as_json:
             _print_json(responses, loaded)
         else:
             _print_text(responses, show_drafts, loaded if stats else None)
@@ -221,6 +230,12 @@ def _read_prompt(prompt: str | None, model: str) -> str:
         raise RequestError(f"standard input is not UTF-8 text ({error}); give the prompt as UTF-8") from None
 
 
+def _follow(responses: Iterator[Response]) -> None:
+    """Compute this machine's part of a text that another one prints."""
+    for _ in responses:
+        pass
+
+
 def _print_text(responses: Iterator[Response], show_drafts: bool, loaded: Loaded | None) -> None:
     """The text, and the table of what was loaded."""
     writer = Writer(show_drafts)
@@ -231,6 +246,7 @@ def _print_text(responses: Iterator[Response], show_drafts: bool, loaded: Loaded
     if loaded:
         drafter = f"{loaded.drafter or 'none'} ({loaded.drafter_reason})"
         parts = {"drafter": drafter} | ({"adapter": loaded.adapter} if loaded.adapter else {})
+        parts |= {"machines": str(loaded.held)} if loaded.held else {}
         stats_table(last.stats, last.finish_reason, parts, show_drafts)
 
 
@@ -251,6 +267,7 @@ def _print_json(responses: Iterator[Response], loaded: Loaded) -> None:
         "drafter": loaded.drafter,
         "drafter_reason": loaded.drafter_reason,
         "adapter": loaded.adapter,
+        "machines": loaded.held.size if loaded.held else 1,
         "versions": versions(),
     }
     sys.stdout.write(json.dumps(answer) + "\n")
