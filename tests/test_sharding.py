@@ -4,9 +4,13 @@ import json
 import shutil
 import signal
 import subprocess
+import sys
 import time
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from threading import local
+from typing import cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -17,16 +21,19 @@ from mlx.utils import tree_flatten
 from mlx_lm.tuner.lora import LoRALinear
 
 from mtp_mlx.accept import normalise
+from mtp_mlx.admission import Admission
+from mtp_mlx.checkpoint import Checkpoint
 from mtp_mlx.choosing import Callables, Rules
 from mtp_mlx.depth import Fixed, Outcome
 from mtp_mlx.errors import RequestError
 from mtp_mlx.generate import stream_generate
+from mtp_mlx.grammar import GrammarState
 from mtp_mlx.loading import load
 from mtp_mlx.models import gemma4, qwen3_5
 from mtp_mlx.models.parts import Part
 from mtp_mlx.rounds import Sequence, rounds
 from mtp_mlx.sampling import Greedy, Sample
-from mtp_mlx.sharding import share
+from mtp_mlx.sharding import Unread, share
 from mtp_mlx.types import Pair, Span
 
 Form = tuple[int, int, str] | None
@@ -129,9 +136,10 @@ def test_more_machines_than_there_is_to_share_out_are_refused() -> None:
 PROMPT = varied_tokens(24)
 
 
-def written(pair: Pair, chooser: Rules | Callables, k: int = 3) -> list[int]:
+def written(pair: Pair, chooser: Rules | Callables, k: int = 3, grammar: GrammarState | None = None) -> list[int]:
     """The text of some rounds, and how many drafts each kept."""
     sequence = Sequence(pair, chooser, 3)
+    sequence.grammar = grammar
     sequence.prefill(PROMPT, 16, lambda done, total: None)
     told: list[int] = []
     while len(sequence.text) < len(PROMPT) + 16:
@@ -143,6 +151,26 @@ def written(pair: Pair, chooser: Rules | Callables, k: int = 3) -> list[int]:
 @cache
 def dialled(variant: str, seed: int = 0) -> DialledDrafter:
     return DialledDrafter.dial(plain(target(variant), PROMPT, 24), 0.6, seed)
+
+
+def test_a_part_is_read_without_the_rest(tmp_path: Path) -> None:
+    """Beside what it holds, a machine needs memory for one layer."""
+    config = json.loads((FIXTURES / "qwen3_5_dense" / "config.json").read_text())
+    config["text_config"] |= {"hidden_size": 128, "intermediate_size": 6144}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    whole: nn.Module = qwen3_5.Model(qwen3_5.TextConfig.from_dict(config))
+    mx.save_safetensors(str(tmp_path / "model.safetensors"), dict(tree_flatten(whole.parameters())), {"format": "mlx"})
+    model = qwen3_5.Model(qwen3_5.TextConfig.from_dict(config))
+    del whole
+    checkpoint = Unread.of(Checkpoint.open(tmp_path))
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    checkpoint.fill(model, model.sanitize)
+    held = share(model, Part(0, 2), "it")
+    layer = 4 * 3 * 128 * 6144
+    assert held.nbytes < 0.6 * held.whole and held.whole > 7 * layer
+    assert mx.get_peak_memory() - before < held.nbytes + 1.5 * layer
+    assert mx.get_active_memory() - before < held.nbytes + 0.5 * layer
 
 
 RULES = [Rules(), Rules(Sample(0.9)), Rules(Sample(0.9), drafts=Sample(0.7))]
@@ -173,6 +201,50 @@ def test_machines_that_see_other_numbers_follow_rank_0(chooser: Rules | Callable
         return written(Pair(model, drafter, agreed=Seat(meeting=meeting, place=rank)), chooser)
 
     assert meeting.run(work) == [alone] * 2
+
+
+@dataclass
+class Anything:
+    """A grammar that allows everything, but has the host look at every draft."""
+
+    free: bool = False
+
+    def masks(self, drafts: list[int]) -> mx.array:
+        return mx.full((1, len(drafts) + 1, 10), 2**32 - 1, mx.uint32)
+
+    def advance(self, tokens: list[int]) -> None:
+        """Nothing to remember."""
+
+
+def test_machines_follow_rank_0_where_a_grammar_looks_at_drafts() -> None:
+    meeting = Meeting(2)
+
+    def work(rank: int) -> list[int]:
+        model = AlteredTarget(target("qwen3_5_moe"), factor=-0.5 if rank else 1.0)
+        pair = Pair(model, dialled("qwen3_5_moe", seed=rank), agreed=Seat(meeting=meeting, place=rank))
+        return written(pair, Rules(), grammar=cast(GrammarState, Anything()))
+
+    alone = written(Pair(target("qwen3_5_moe"), dialled("qwen3_5_moe")), Rules())
+    assert meeting.run(work) == [alone] * 2
+
+
+def test_machines_that_are_asked_for_other_texts_write_rank_0s(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their prompts, predictions, seeds and the memory that is left differ."""
+    meeting, mine = Meeting(2), local()
+    module = sys.modules[stream_generate.__module__]  # the package has a function of that name
+    monkeypatch.setattr(module, "admit", lambda *_, **__: Admission(20 - 8 * mine.rank, 0, 0))
+    _, tokenizer = load(FIXTURES / "qwen3_5_moe", dtype=mx.float32)
+
+    def work(rank: int) -> list[int]:
+        mine.rank = rank
+        mx.random.seed(rank)
+        pair = Pair(target("qwen3_5_moe"), dialled("qwen3_5_moe"), agreed=Seat(meeting=meeting, place=rank))
+        prompt, predicted = PROMPT[rank:], [[1, 2, 1, 2, 1, 2], [5]][rank]
+        written = stream_generate(pair, tokenizer, prompt, -1, depth=2, sampler=Sample(0.9), prediction=predicted)
+        return [response.token for response in written]
+
+    first, second = meeting.run(work)
+    assert first == second and 0 < len(first) <= 12
 
 
 def test_machines_measure_depths_by_one_clock() -> None:
