@@ -4,7 +4,7 @@
         [--context 32768] [--out figures.json]
 
 Bytes are those of the machine that holds most. `sums` are the messages of one round, one after the other; of each,
-every machine of a ring sends `sent_per_round` / sums on average. The drafter is not counted: every machine has it whole.
+every machine of a ring sends `sent_per_round` / sums on average. The drafter is not counted: all have it whole.
 """
 
 import argparse
