@@ -61,7 +61,9 @@ class Held(NamedTuple):
     whole: int  # bytes of the target on one machine
 
     def __str__(self) -> str:
-        return f"rank {self.rank} of {self.size} holds {self.nbytes / 1e9:.2f} of {self.whole / 1e9:.2f} GB"
+        unit, name = (1e9, "GB") if self.whole >= 1e8 else (1e6, "MB")
+        held, whole = (f"{count / unit:.1f}" for count in (self.nbytes, self.whole))
+        return f"rank {self.rank} of {self.size} holds {held} of the target's {whole} {name}"
 
 
 def part_of(group: mx.distributed.Group) -> Part:
