@@ -1,7 +1,7 @@
 """What several machines that run one pair have to decide as one: where their numbers might differ, rank 0's hold.
 
-Rounding differs between chips and clocks differ anyway. A token, a depth or a seed that two machines see differently
-would have them wait for each other in different places, for ever.
+Rounding differs between chips and clocks differ anyway. A token or a depth that two machines see differently would have
+them wait for each other in different places, for ever. Seeds may differ: what others draw by theirs is overruled.
 """
 
 import os

@@ -131,7 +131,7 @@ def generation(
     admission = _admitted(running, ids, options, prefixes)
     budget = admission.tokens
     copies = _copies(pair, tokenizer, ids, options)
-    (seed,) = pair.agreed.ids([draw_seed()]) if options.seed is None else (options.seed,)
+    seed = draw_seed() if options.seed is None else options.seed
     chooser = _chooser(pair, tokenizer, options)
     mx.reset_peak_memory()
     with _policy(pair, options) as policy, prefixes.open(ids, chooser, seed, admission.promised) as text:

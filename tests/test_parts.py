@@ -14,7 +14,13 @@ from mtp_mlx.models import gemma4, parts, qwen3_5
 from mtp_mlx.models.parts import Heads, Part
 from mtp_mlx.types import Span
 
-FORMS = [None, (64, 4, "affine"), (32, 8, "affine"), (32, 3, "affine"), (32, 4, "mxfp4"), (16, 4, "nvfp4")]
+FORMS: list[tuple[int, int, str] | None] = [
+    None,
+    *((64 if bits % 2 == 0 else 32, bits, "affine") for bits in (2, 3, 4, 5, 6, 8)),
+    (32, 4, "mxfp4"),
+    (16, 4, "nvfp4"),
+    (32, 8, "mxfp8"),
+]
 
 
 def machines(size: int) -> list[Part]:
