@@ -47,6 +47,7 @@ class Meeting:
         self._barrier.wait()
         found = list(self._brought)
         self._barrier.wait()
+        assert len({(each.shape, each.dtype) for each in found}) == 1, "nobody could add these up"
         return found
 
     def part(self, rank: int) -> Part:
