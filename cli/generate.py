@@ -8,10 +8,12 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
+import mlx.core as mx
 import typer
 
 from mtp_mlx.choosing import Drafts
 from mtp_mlx.cli.display import Notes, PromptBar, Writer, note, stats_table, versions
+from mtp_mlx.cli.group import Backend, join
 from mtp_mlx.cli.options import (
     Adapter,
     Depth,
@@ -111,6 +113,7 @@ def command(
     dtype: Dtype = "auto",
     drafter_bits: DrafterBits = "auto",
     kv_bits: KvBits = "none",
+    backend: Backend = "any",
     ignore_chat_template: Annotated[
         bool, typer.Option("--ignore-chat-template", help="Continue the prompt as plain text.")
     ] = False,
@@ -153,9 +156,12 @@ def command(
         prediction=None if prediction is None else _read_file(prediction),
         prefill_step_size=prefill_step_size,
     )
+    group = join(backend)
+    if group is not None and prompt in (None, "-"):
+        raise RequestError("mlx.launch never ends standard input; give the prompt as an argument")
     text = _read_prompt(prompt, model)
     parts = Parts(model, drafter, dtype, drafter_bits, kv_bits, adapter)
-    _run(parts, text, write, _Manner(show_drafts, stats, verbose, as_json, ignore_chat_template))
+    _run(parts, group, text, write, _Manner(show_drafts, stats, verbose, as_json, ignore_chat_template))
 
 
 @dataclass(frozen=True)
@@ -169,11 +175,18 @@ class _Manner:
     plain_prompt: bool
 
 
-def _run(parts: Parts, text: str, write: Callable[..., Iterator[Response]], manner: _Manner) -> None:
+def _run(
+    parts: Parts,
+    group: mx.distributed.Group | None,
+    text: str,
+    write: Callable[..., Iterator[Response]],
+    manner: _Manner,
+) -> None:
+    speaks = group is None or group.rank() == 0
     with Notes(manner.verbose) as notes, PromptBar() as bar:
-        loaded = parts.load()
+        loaded = parts.load(group)
         # In a JSON object the drafter is among the figures.
-        surprising = parts.drafter == "auto" and not loaded.expected and not manner.as_json
+        surprising = speaks and parts.drafter == "auto" and not loaded.expected and not manner.as_json
         if manner.verbose or surprising:
             note(f"drafter: {loaded.drafter or 'none'} ({loaded.drafter_reason})")
         if loaded.adapter:
@@ -181,7 +194,9 @@ def _run(parts: Parts, text: str, write: Callable[..., Iterator[Response]], mann
         notes.show()
         prompt = text if manner.plain_prompt else in_chat_template(loaded.tokenizer, text)
         responses = write(loaded.pair, loaded.tokenizer, prompt, prompt_progress_callback=bar)
-        if manner.as_json:
+        if not speaks:
+            _follow(responses)
+        elif manner.as_json:
             _print_json(responses, loaded)
         else:
             _print_text(responses, manner.show_drafts, loaded if manner.stats else None)
@@ -260,6 +275,12 @@ def _read_prompt(prompt: str | None, model: str) -> str:
         raise RequestError(f"standard input is not UTF-8 text ({error}); give the prompt as UTF-8") from None
 
 
+def _follow(responses: Iterator[Response]) -> None:
+    """Compute this machine's part of a text that another one prints."""
+    for _ in responses:
+        pass
+
+
 def _print_text(responses: Iterator[Response], show_drafts: bool, loaded: Loaded | None) -> None:
     """The text, and the table of what was loaded."""
     writer = Writer(show_drafts)
@@ -270,6 +291,7 @@ def _print_text(responses: Iterator[Response], show_drafts: bool, loaded: Loaded
     if loaded:
         drafter = f"{loaded.drafter or 'none'} ({loaded.drafter_reason})"
         parts = {"drafter": drafter} | ({"adapter": loaded.adapter} if loaded.adapter else {})
+        parts |= {"machines": str(loaded.held)} if loaded.held else {}
         stats_table(last.stats, last.finish_reason, parts, show_drafts)
 
 
@@ -290,6 +312,7 @@ def _print_json(responses: Iterator[Response], loaded: Loaded) -> None:
         "drafter": loaded.drafter,
         "drafter_reason": loaded.drafter_reason,
         "adapter": loaded.adapter,
+        "machines": loaded.held.size if loaded.held else 1,
         "versions": versions(),
     }
     sys.stdout.write(json.dumps(answer) + "\n")

@@ -10,6 +10,7 @@ import typer
 
 from mtp_mlx import memory
 from mtp_mlx.cli.display import loading
+from mtp_mlx.cli.group import refuse_group
 from mtp_mlx.drafter_bits import Bits
 from mtp_mlx.errors import RequestError
 from mtp_mlx.loading import Loaded, load_pair
@@ -71,7 +72,10 @@ class Parts:
     kv_bits: str = "none"
     adapter: str | None = None
 
-    def load(self) -> Loaded:
+    def load(self, group: mx.distributed.Group | None = None) -> Loaded:
+        """All of it, or what is this machine's where a group of them computes the target."""
+        if group is None:
+            refuse_group()
         dtype, drafter_bits, kv_bits = (
             parse_dtype(self.dtype),
             _drafter_bits(self.drafter_bits),
@@ -79,7 +83,13 @@ class Parts:
         )
         with loading(self.model, self.drafter):
             return load_pair(
-                self.model, self.drafter, dtype, drafter_bits=drafter_bits, kv_bits=kv_bits, adapter=self.adapter
+                self.model,
+                self.drafter,
+                dtype,
+                drafter_bits=drafter_bits,
+                kv_bits=kv_bits,
+                adapter=self.adapter,
+                group=group,
             )
 
 

@@ -14,7 +14,7 @@ from mlx_lm.models.switch_layers import SwitchGLU
 
 from mtp_mlx.cache import MAX_BLOCK, Cache, KeyValueCache, SlidingCache, full_cache
 from mtp_mlx.memory import Layout, Rows, Traffic, kv_bytes
-from mtp_mlx.models import base
+from mtp_mlx.models import base, parts
 from mtp_mlx.types import Mask, Output, PlainRows, Span, Visible
 
 SLIDING = "sliding_attention"
@@ -202,7 +202,11 @@ class Attention(nn.Module):
         super().__init__()
         self.head_size = config.head_dims[i]
         self.eps = config.rms_norm_eps
+        self.heads, self.kv_heads = config.num_attention_heads, config.kv_heads[i]
         self.owns_kv = i < config.first_shared
+        # Keys that later layers and the drafter do not read.
+        self.private = self.owns_kv and i != config.owner(config.layer_types[i])
+        self.total: parts.Total = parts.alone
         # K=V: full layers of the larger models have no v_proj, the raw key projection serves as value.
         self.values_from_keys = config.attention_k_eq_v and config.layer_types[i] == FULL
         width, kv_width = config.hidden_size, config.kv_heads[i] * self.head_size
@@ -230,7 +234,19 @@ class Attention(nn.Module):
         queries = self.q_norm(base.split_heads(self.q_proj(x), self.head_size))
         queries = self._rope(queries.swapaxes(1, 2), span)
         out = visible.attend(queries, 1.0, mask)
-        return self.o_proj(out.swapaxes(1, 2).reshape(B, L, -1))
+        return self.total(self.o_proj(out.swapaxes(1, 2).reshape(B, L, -1)))
+
+    def share(self, part: parts.Part) -> None:
+        """Keep one machine's heads; what others read stays whole, so that they find all of it on every machine."""
+        own = part.heads(self.heads, self.kv_heads, self.head_size, self.o_proj) if self.private else None
+        if own is None:
+            return
+        queries, keys = parts.times(own.queries, self.head_size), parts.times(own.keys, self.head_size)
+        parts.keep_rows(self.q_proj, queries)
+        parts.keep_columns(self.o_proj, queries)
+        for matrix in [self.k_proj] if self.values_from_keys else [self.k_proj, self.v_proj]:
+            parts.keep_rows(matrix, keys)
+        self.heads, self.kv_heads, self.total = len(own.queries), len(own.keys), part.total
 
 
 class MLP(nn.Module):
@@ -308,6 +324,7 @@ class DecoderLayer(nn.Module):
             self.per_layer_projection = nn.Linear(config.per_layer_width, width, bias=False)
             self.post_per_layer_input_norm = nn.RMSNorm(width, eps=eps)
         self.layer_scalar = mx.ones((1,))
+        self.total: parts.Total = parts.alone
 
     def __call__(
         self,
@@ -331,17 +348,24 @@ class DecoderLayer(nn.Module):
 
     def _feed_forward(self, h: mx.array, per_layer: mx.array | None) -> mx.array:
         r = self.mlp(self.pre_feedforward_layernorm(h))
-        if self.has_experts:
-            r = self.post_feedforward_layernorm_1(r) + self._experts(h)
+        r = self._with_experts(r, h) if self.has_experts else self.total(r)
         h = h + self.post_feedforward_layernorm(r)
         if per_layer is not None:
             gate = nn.gelu_approx(self.per_layer_input_gate(h)) * per_layer
             h = h + self.post_per_layer_input_norm(self.per_layer_projection(gate))
         return h * self.layer_scalar
 
-    def _experts(self, h: mx.array) -> mx.array:
-        r = self.experts(self.pre_feedforward_layernorm_2(h), *self.router(h))
-        return self.post_feedforward_layernorm_2(r)
+    def _with_experts(self, r: mx.array, h: mx.array) -> mx.array:
+        routed = self.experts(self.pre_feedforward_layernorm_2(h), *self.router(h))
+        if self.total is not parts.alone:  # machines that send each other one message in place of two
+            r, routed = self.total(mx.stack([r, routed]))
+        return self.post_feedforward_layernorm_1(r) + self.post_feedforward_layernorm_2(routed)
+
+    def share(self, part: parts.Part) -> None:
+        """Keep one machine's heads, and its channels of the MLP and of every expert."""
+        self.self_attn.share(part)
+        experts = [self.experts.switch_glu] if self.has_experts else []
+        self.total = parts.keep_inner(part, self.mlp, *experts)
 
 
 class TextModel(nn.Module):
@@ -418,7 +442,7 @@ class Model(nn.Module):
         shared = config.layer_types[config.first_shared :]
         return tuple(
             Rows(
-                config.kv_heads[i],
+                self.layers[i].self_attn.kv_heads,
                 config.head_dims[i],
                 None if kind == FULL else config.sliding_window,
                 1 + (shared.count(kind) if i == config.owner(kind) else 0),

@@ -4,6 +4,7 @@ Source: transformers 5.22.2, models/qwen3_5, qwen3_5_moe and qwen3_next. Paramet
 qwen3_5, so that weights can be handed over. Qwen3-Next differs in how its file packs two projections.
 """
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
@@ -16,7 +17,7 @@ from mlx_lm.models.switch_layers import SwitchGLU
 
 from mtp_mlx.cache import MAX_BLOCK, Cache, KeyValueCache, RecurrentCache, full_cache
 from mtp_mlx.memory import Layout, Recurrence, Rows, Traffic, kv_bytes
-from mtp_mlx.models import base
+from mtp_mlx.models import base, parts
 from mtp_mlx.types import Mask, Output, PlainRows, Span, Visible
 
 LINEAR = "linear_attention"
@@ -192,7 +193,8 @@ class Attention(nn.Module):
         super().__init__()
         self.head_size = config.head_dim
         self.scale = config.head_dim**-0.5
-        self.heads = config.num_attention_heads
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.total: parts.Total = parts.alone
         width, kv_width = config.hidden_size, config.num_key_value_heads * config.head_dim
         query_width = config.num_attention_heads * config.head_dim
         # Each head's query and gate lie side by side.
@@ -248,7 +250,18 @@ class Attention(nn.Module):
         return self._rope(self.q_norm(queries).swapaxes(1, 2), offset=span.start), gate.reshape(B, L, -1)
 
     def _gated(self, out: mx.array, gate: mx.array) -> mx.array:
-        return self.o_proj(out.swapaxes(1, 2).reshape(gate.shape) * mx.sigmoid(gate))
+        return self.total(self.o_proj(out.swapaxes(1, 2).reshape(gate.shape) * mx.sigmoid(gate)))
+
+    def share(self, part: parts.Part) -> None:
+        """Keep one machine's heads."""
+        own = part.heads(self.heads, self.kv_heads, self.head_size, self.o_proj)
+        if own is None:
+            return
+        parts.keep_rows(self.q_proj, parts.times(own.queries, 2 * self.head_size))
+        parts.keep_columns(self.o_proj, parts.times(own.queries, self.head_size))
+        for matrix in (self.k_proj, self.v_proj):
+            parts.keep_rows(matrix, parts.times(own.keys, self.head_size))
+        self.heads, self.kv_heads, self.total = len(own.queries), len(own.keys), part.total
 
 
 class GatedRMSNorm(nn.Module):
@@ -272,6 +285,7 @@ class GatedDeltaNet(nn.Module):
         width, self.key_width, value_width = config.hidden_size, config.key_width, config.value_width
         self.key_size, self.value_size = config.linear_key_head_dim, config.linear_value_head_dim
         channels, heads = 2 * self.key_width + value_width, config.linear_num_value_heads
+        self.total: parts.Total = parts.alone
         self.in_proj_qkv = nn.Linear(width, channels, bias=False)
         self.in_proj_z = nn.Linear(width, value_width, bias=False)
         self.in_proj_b = nn.Linear(width, heads, bias=False)
@@ -296,7 +310,45 @@ class GatedDeltaNet(nn.Module):
             mx.sigmoid(self.in_proj_b(x)),
         )
         gated = self.norm(read, base.split_heads(self.in_proj_z(x), self.value_size))
-        return self.out_proj(gated.reshape(B, L, -1))
+        return self.total(self.out_proj(gated.reshape(B, L, -1)))
+
+    @property
+    def heads(self) -> int:
+        """Value heads."""
+        return self.A_log.size
+
+    @property
+    def recurrence(self) -> Recurrence:
+        """What its cache holds."""
+        value_width = self.heads * self.value_size
+        channels = 2 * self.key_width + value_width
+        return Recurrence(
+            state=value_width * self.key_size,
+            tail=(self.conv1d.weight.shape[1] - 1) * channels,
+            row=channels + self.key_width + value_width + self.heads,
+            exact_row=self.heads,
+        )
+
+    def share(self, part: parts.Part) -> None:
+        """Keep one machine's key heads, each with the value heads that belong to it."""
+        groups = self.key_width // self.key_size
+        shared = self.heads // groups  # value heads of a key head
+        step = parts.packed(self.out_proj) // math.gcd(parts.packed(self.out_proj), shared * self.value_size)
+        own = part.of(groups, step)
+        if own is None:
+            return
+        heads = parts.times(own, shared)
+        keys, values = parts.times(own, self.key_size), parts.times(heads, self.value_size)
+        joined = keys, parts.moved(keys, self.key_width), parts.moved(values, 2 * self.key_width)
+        parts.keep_rows(self.in_proj_qkv, *joined)
+        self.conv1d.weight = parts.cut(self.conv1d.weight, 0, *joined)
+        self.conv1d.groups = self.conv1d.weight.shape[0]
+        parts.keep_rows(self.in_proj_z, values)
+        for matrix in (self.in_proj_a, self.in_proj_b):
+            parts.keep_rows(matrix, heads)
+        self.A_log, self.dt_bias = parts.cut(self.A_log, 0, heads), parts.cut(self.dt_bias, 0, heads)
+        parts.keep_columns(self.out_proj, values)
+        self.key_width, self.total = len(keys), part.total
 
     def _unit(self, x: mx.array) -> mx.array:
         """Heads of length 1. The norm divides by the root of a mean and adds its eps there, hence the two factors."""
@@ -314,6 +366,11 @@ class MLP(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         y: mx.array = self.down_proj(nn.silu(self.gate_proj(x)) * self.up_proj(x))
         return y
+
+    @property
+    def parts(self) -> list[nn.Module]:
+        """What has channels of its own, and can be shared out."""
+        return [self]
 
 
 class SparseMLP(nn.Module):
@@ -336,6 +393,10 @@ class SparseMLP(nn.Module):
         routed = (self.switch_mlp(x, chosen) * weights[..., None]).sum(axis=-2)
         return routed + mx.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x)
 
+    @property
+    def parts(self) -> list[nn.Module]:
+        return [self.switch_mlp, self.shared_expert]
+
 
 class DecoderLayer(nn.Module):
     def __init__(self, config: TextConfig, kind: str):
@@ -348,6 +409,7 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         sparse = config.num_experts > 0
         self.mlp = SparseMLP(config) if sparse else MLP(config.hidden_size, config.intermediate_size)
+        self.total: parts.Total = parts.alone
 
     def attend(self, h: mx.array, cache: KeyValueCache, mask: Mask, span: Span) -> mx.array:
         """A layer of attention, (B, L, D)."""
@@ -366,7 +428,12 @@ class DecoderLayer(nn.Module):
         return self._feed_forward(h + self.linear_attn(self.input_layernorm(h), cache))
 
     def _feed_forward(self, h: mx.array) -> mx.array:
-        return h + self.mlp(self.post_attention_layernorm(h))
+        return h + self.total(self.mlp(self.post_attention_layernorm(h)))
+
+    def share(self, part: parts.Part) -> None:
+        """Keep one machine's heads, and its channels of the MLP and of every expert."""
+        (self.self_attn if "self_attn" in self else self.linear_attn).share(part)
+        self.total = parts.keep_inner(part, *self.mlp.parts)
 
 
 class TextModel(nn.Module):
@@ -414,16 +481,11 @@ class Model(nn.Module):
     @property
     def layout(self) -> Layout:
         """What its cache holds."""
-        config = self.config
-        rows = Rows(config.num_key_value_heads, config.head_dim)
-        channels = 2 * config.key_width + config.value_width
-        recurrence = Recurrence(
-            state=config.value_width * config.linear_key_head_dim,
-            tail=(config.linear_conv_kernel_dim - 1) * channels,
-            row=channels + config.key_width + config.value_width + config.linear_num_value_heads,
-            exact_row=config.linear_num_value_heads,
+        size, layers = self.config.head_dim, zip(self.layers, self.config.layer_types, strict=True)
+        return tuple(
+            Rows(layer.self_attn.kv_heads, size) if kind == FULL else layer.linear_attn.recurrence
+            for layer, kind in layers
         )
-        return tuple(rows if kind == FULL else recurrence for kind in config.layer_types)
 
     @property
     def traffic(self) -> Traffic:

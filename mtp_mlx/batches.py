@@ -73,6 +73,8 @@ def batch_generate(
     list of another length than `prompts` and for what `stream_generate` refuses.
     """
     pair = pair_of(model)
+    if pair.agreed.size > 1:
+        raise RequestError("batches run on one machine, and this pair runs on several; use stream_generate")
     if completion_batch_size < 1:
         raise RequestError(f"completion_batch_size is {completion_batch_size}; give at least 1")
     count = len(prompts)

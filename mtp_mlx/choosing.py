@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple, cast
 import mlx.core as mx
 
 from mtp_mlx.accept import accept, normalise
+from mtp_mlx.agreement import ALONE, Agreement
 from mtp_mlx.penalties import Penalties, windows
 from mtp_mlx.sampling import DRAFT, Greedy, Sample, Sampler, draw, keys, stream
 from mtp_mlx.types import Draft
@@ -209,7 +210,13 @@ class Callables:
         return Rules(self.sampler if isinstance(self.sampler, Greedy | Sample) else Greedy())
 
     def choose(
-        self, seed: mx.array, text: list[int], draft: list[int], logits: mx.array, masks: mx.array | None = None
+        self,
+        seed: mx.array,
+        text: list[int],
+        draft: list[int],
+        logits: mx.array,
+        masks: mx.array | None = None,
+        agreed: Agreement = ALONE,
     ) -> Choice:
         """Choose for the rows of logits (k+1, V) that follow `text`, as long as the choice equals the draft.
 
@@ -225,7 +232,7 @@ class Callables:
             for processor in self.processors:
                 row = processor(so_far, row)
             rows.append(normalise(masked(row, None if masks is None else masks[j : j + 1])))
-            tokens.append(self._draw(rows[-1], seed, len(text) + j))
+            tokens += agreed.ids([self._draw(rows[-1], seed, len(text) + j)])
             if tokens[-1] != drafted or drafted in self.stops:
                 break
             so_far = mx.concatenate([so_far, mx.array(tokens[-1:], mx.int32)])

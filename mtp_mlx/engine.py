@@ -18,7 +18,7 @@ import mlx.core as mx
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mtp_mlx.depth import Fixed
-from mtp_mlx.errors import BusyError, MTPError
+from mtp_mlx.errors import BusyError, MTPError, RequestError
 from mtp_mlx.generation import Origin, Progress, Response, Turn, Writing, generation, wired
 from mtp_mlx.options import Options
 from mtp_mlx.prefixes import Prefixes, Usage
@@ -100,6 +100,8 @@ class Engine:
         slots: int = SLOTS,
         waiting: int = WAITING,
     ):
+        if pair.agreed.size > 1:
+            raise RequestError("an engine runs on one machine: several would have to be asked in the same order")
         self._pair, self._tokenizer = pair, tokenizer
         self._together = Together(pair)
         self._prefixes = prefixes or Prefixes(pair, 0)  # it knows what texts have been promised, if nothing else

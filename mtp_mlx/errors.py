@@ -4,6 +4,7 @@
     ├── CheckpointError   a folder, a config or a weight file is not what it should be
     ├── PairError         target and drafter do not fit each other
     ├── RequestError      a prompt or an option that cannot be served
+    ├── GroupError        another machine that computes a part of the same model is gone
     └── BusyError         too many requests at a time; the same one may be served later
 
 Each message is one line: what was given, what fits, what to do. The command line prints it and exits with 1.
@@ -24,6 +25,10 @@ class PairError(MTPError):
 
 class RequestError(MTPError, ValueError):
     """A request asks for something that cannot be done. A ValueError as well, as in mlx-lm."""
+
+
+class GroupError(MTPError):
+    """Another machine of the group does not answer any more."""
 
 
 class BusyError(MTPError):

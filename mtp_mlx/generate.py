@@ -98,7 +98,8 @@ def stream_generate(
     cache = None if prompt_cache is None else PromptCache(pair, prompt_cache)
     storage = _Storage(kv_bits, kv_group_size, quantized_kv_start, max_kv_size, input_embeddings is not None)
     pair = storage.applied(pair, cache, len(ids), options.max_tokens)
-    with wired(), closing(_on(stream, solo(generation(pair, words, ids, options, cache)))) as events:
+    text = pair.agreed.together(solo(generation(pair, words, ids, options, cache)))
+    with wired(), closing(_on(stream, text)) as events:
         yield from _given(events, cache, prompt_progress_callback, prefill)
 
 

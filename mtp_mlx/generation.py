@@ -135,12 +135,12 @@ def generation(
     text leaves is stored there; `marks` are numbers of its tokens after which other prompts may differ.
     """
     began = time.perf_counter()
-    ids = encode(tokenizer, prompt)
+    ids = pair.agreed.ids(encode(tokenizer, prompt))
     # At depth 0 nobody has to keep a drafter up to date, unless others go on from here.
     running = pair if prefixes or options.depth != 0 else replace(pair, drafter=NOBODY)
     prefixes = prefixes or Prefixes(running, 0)
     admission = _admitted(running, ids, options, prefixes)
-    copies = _copies(tokenizer, ids, options, pair.target.vocabulary)
+    copies = _copies(pair, tokenizer, ids, options)
     seed = _seed(options)
     chooser = _chooser(pair, tokenizer, options)
     mx.reset_peak_memory()
@@ -193,6 +193,7 @@ def _admitted(pair: Pair, ids: list[int], options: Options, prefixes: Prefixes |
     allowed = check_lengths(length, options.max_tokens, pair.target.context)
     endless, evictable = options.max_tokens == -1, prefixes.evictable
     admission = admit(pair, length, allowed, endless=endless, evictable=evictable, claims=prefixes.claims)
+    admission = admission._replace(tokens=pair.agreed.least(admission.tokens))
     prefixes.release(admission.short)
     return admission
 
@@ -204,10 +205,11 @@ def _seed(options: Options) -> int:
     return draw_seed() if isinstance(options.sampler, Sample) else 0
 
 
-def _copies(tokenizer: TokenizerWrapper, ids: list[int], options: Options, vocabulary: int) -> Copies | None:
+def _copies(pair: Pair, tokenizer: TokenizerWrapper, ids: list[int], options: Options) -> Copies | None:
     """Earlier and predicted text that may be tried as drafts."""
     predicted = [] if options.prediction is None else encode(tokenizer, options.prediction, special=False)
-    check_tokens(predicted, vocabulary)
+    predicted = pair.agreed.ids(predicted)
+    check_tokens(predicted, pair.target.vocabulary)
     wanted = options.depth != 0 and (predicted or (options.lookup and options.depth == "auto"))
     return Copies(ids, predicted) if wanted else None
 

@@ -7,15 +7,18 @@ import logging
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar, cast, overload
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_tokenizer
 
 from mtp_mlx import adapters, memory
+from mtp_mlx.agreement import Agreement
 from mtp_mlx.checkpoint import Checkpoint, TensorEntry, read_header, read_json
 from mtp_mlx.draft_model import DraftModel
 from mtp_mlx.drafter_bits import Bits, choose_bits, quantise
@@ -25,6 +28,7 @@ from mtp_mlx.model import Model
 from mtp_mlx.models import base, gemma4, gemma4_assistant, qwen3_5, qwen3_5_mtp
 from mtp_mlx.ngram import NOBODY
 from mtp_mlx.pairs import HOW_TO_GET_A_HEAD, LOOKUP, Choice, choose, holds_head, sidecar
+from mtp_mlx.sharding import Held, Unread, part_of, share
 from mtp_mlx.types import Drafter, Pair, Target
 
 Built = TypeVar("Built")
@@ -47,6 +51,7 @@ class Loaded:
     places: tuple[Path, ...] = ()  # folders, or a drafter's file, that all of it was read from
     networks: tuple[nn.Module, ...] = ()  # all weights: the target's, and the drafter's own
     config: Mapping[str, Any] = field(default_factory=dict)  # the target's config.json
+    held: Held | None = None  # what this machine holds of the target, where several do
 
 
 def _gemma4_target(checkpoint: Checkpoint, dtype: mx.Dtype | None) -> gemma4.Model:
@@ -192,6 +197,7 @@ def load(
     dtype: mx.Dtype | None = None,
     drafter_bits: Bits = "auto",
     kv_bits: int | None = None,
+    group: mx.distributed.Group | None = None,
 ) -> tuple[Model, TokenizerWrapper]: ...
 @overload
 def load(
@@ -208,6 +214,7 @@ def load(
     dtype: mx.Dtype | None = None,
     drafter_bits: Bits = "auto",
     kv_bits: int | None = None,
+    group: mx.distributed.Group | None = None,
 ) -> tuple[Model, TokenizerWrapper, dict[str, Any]]: ...
 def load(
     path_or_hf_repo: str | Path = DEMO,
@@ -223,6 +230,7 @@ def load(
     dtype: mx.Dtype | None = None,
     drafter_bits: Bits = "auto",
     kv_bits: int | None = None,
+    group: mx.distributed.Group | None = None,
 ) -> tuple[Model, TokenizerWrapper] | tuple[Model, TokenizerWrapper, dict[str, Any]]:
     """Load a target with its drafter, and the tokenizer; and, if asked for, its config.json. As mlx-lm's `load`.
 
@@ -234,7 +242,8 @@ def load(
     plain decoding; a smaller model of the target's family drafts as well. `dtype` recasts the weights that are not
     quantised; None keeps the checkpoint's. `drafter_bits` 4 or 8 quantises the drafter, None keeps it as it is, "auto"
     quantises one that would read too much beside a quantised target. `kv_bits` 4 or 8 quantises the keys and values of
-    full-attention layers: the text is then that of plain decoding with the same `kv_bits`.
+    full-attention layers: the text is then that of plain decoding with the same `kv_bits`. With a `group` of several
+    machines, `mx.distributed.init()`, each calls this and keeps its part of the target (docs/machines.md).
 
     Raises CheckpointError for a checkpoint that cannot be read, PairError for a drafter made for another target,
     RequestError for bits that are not to be had and for what mlx-lm could do and this cannot.
@@ -249,6 +258,7 @@ def load(
         adapter=None if adapter_path is None else _name(adapter_path),
         tokenizer_config=tokenizer_config,
         model_config=model_config,
+        group=group,
     )
     if loaded.drafter is None and drafter == "auto":
         _log.warning("no drafter: %s", loaded.drafter_reason)
@@ -293,8 +303,13 @@ def load_pair(
     adapter: str | None = None,
     tokenizer_config: Mapping[str, Any] | None = None,
     model_config: Mapping[str, Any] | None = None,
+    group: mx.distributed.Group | None = None,
 ) -> Loaded:
-    """As `load`, with the names of both parts and the reason for the choice of drafter."""
+    """As `load`, with the names of both parts and the reason for the choice of drafter.
+
+    With a `group` of several machines each of them calls this, keeps its part of the target, and gets a pair that
+    all of them have to run in step, one text after the other (docs/machines.md).
+    """
     if kv_bits not in (None, 4, 8):
         raise RequestError(f"keys and values cannot be held in {kv_bits} bits; give 4 or 8, or leave it out")
     if dtype is not None and not mx.issubdtype(dtype, mx.floating):
@@ -302,12 +317,15 @@ def load_pair(
     checkpoint = open_target(find(model, open_target))
     _refuse_changes(checkpoint, model_config)
     build = _TARGETS[checkpoint.model_type]
+    agreed = Agreement(group)
+    if adapter is not None and agreed.size > 1:
+        raise RequestError(f"--adapter {adapter} cannot be put onto a part of a target; fuse it with mlx_lm.fuse first")
     choice = choose(model, checkpoint, drafter)
     # Before the target, which may take minutes: a mistyped drafter should be known at once.
     locate = cache(find)
     chosen, reason, build_drafter = _drafter(choice, checkpoint, locate)
     added = None if adapter is None else locate(adapter)
-    target = build(checkpoint, dtype)
+    target, held = _shared(build, checkpoint, dtype, group)
     tuned = None if added is None else f"{adapter}: {adapters.apply(_module(target), added)}"
     _check_kv(target, kv_bits)
     built, failure = _build(build_drafter, choice, dtype, target)
@@ -317,9 +335,10 @@ def load_pair(
     network = _network_of(built)
     networks = [_module(target), *([] if network is None else [_module(network)])]
     mx.eval([part.parameters() for part in networks])
+    agreed.compare(_identity(checkpoint, networks, type(built), dtype, kv_bits))
     places = [checkpoint.folder, *(locate(name) for name in (chosen, adapter) if name is not None)]
     return Loaded(
-        Pair(target, built, kv_bits=kv_bits),
+        Pair(target, built, kv_bits=kv_bits, agreed=agreed),
         _tokenizer(checkpoint, tokenizer_config),
         model,
         chosen,
@@ -329,7 +348,31 @@ def load_pair(
         tuple(places),
         tuple(networks),
         checkpoint.config,
+        held,
     )
+
+
+def _shared(
+    build: Callable[[Checkpoint, mx.Dtype | None], Target],
+    checkpoint: Checkpoint,
+    dtype: mx.Dtype | None,
+    group: mx.distributed.Group | None,
+) -> tuple[Target, Held | None]:
+    """The target, or this machine's part of it."""
+    if group is None or group.size() == 1:
+        return build(checkpoint, dtype), None
+    target = build(Unread.of(checkpoint), dtype)
+    held = share(_network(target), part_of(group), str(checkpoint.folder))
+    _log.info("%s", held)
+    return target, held
+
+
+def _identity(checkpoint: Checkpoint, networks: list[nn.Module], *options: object) -> str:
+    """What has to be the same on all machines of a group."""
+    names = ("mtp-mlx", "mlx", "mlx-lm")
+    drafts: dict[str, mx.array] = dict(tree_flatten(networks[1].parameters())) if networks[1:] else {}
+    shapes = [(name, array.shape, array.dtype) for name, array in drafts.items()]
+    return str([dict(checkpoint.config), shapes, options, [version(name) for name in names]])
 
 
 def _check_kv(target: Target, kv_bits: int | None) -> None:
@@ -413,7 +456,7 @@ def _module(network: Target | memory.Network) -> nn.Module:
     return network
 
 
-def _network(target: Target) -> memory.Network:
+def _network(target: Target) -> gemma4.Model | qwen3_5.Model:
     assert isinstance(target, gemma4.Model | qwen3_5.Model)
     return target
 

@@ -196,7 +196,9 @@ class Batch:
         assert self.ready, "a drafter that has not been told of the text has nothing to draft from"
         last = mx.array([sequence.text[-1] for sequence in self.sequences], mx.int32)
         fixed = (k, groups, self.pair.target.vocabulary)
-        return _Proposal(*self._run(steps.propose, self.pair.drafter, fixed, self.state, last, self._contexts(groups)))
+        arrays = (self.state, last, self._contexts(groups))
+        tokens, laws = self._run(steps.propose, self.pair.drafter, fixed, *arrays)
+        return _Proposal(self.pair.agreed.tokens(tokens), laws)
 
     def _verify(
         self, block: mx.array, proposal: _Proposal, groups: tuple[Group, ...], clock: Clock
@@ -205,7 +207,8 @@ class Batch:
         if any(isinstance(sequence.chooser, Callables) or sequence.bound for sequence in self.sequences):
             return self._verify_apart(block, proposal, groups, clock)
         arrays = (block, proposal.laws, self._contexts(groups))
-        reports, hidden = self._run(steps.judge, self.pair.target, groups, *arrays)
+        choices, hidden = self._run(steps.judge, self.pair.target, groups, *arrays)
+        reports = [self._agreed(*choice) for choice in choices]
         clock.evaluate(reports, hidden, self.cache.arrays(), self.state)
         return hidden, self._placed(groups, [list(read(*report)) for report in reports])
 
@@ -222,7 +225,7 @@ class Batch:
         for i, group in enumerate(groups):
             if not isinstance(self.sequences[group.rows[0]].chooser, Callables):
                 arrays = (logits, block, proposal.laws[i], contexts[i], _stacked(group, masks))
-                decided[i] = self._run(steps.decide, self.pair.target, group, *arrays)
+                decided[i] = self._agreed(*self._run(steps.decide, self.pair.target, group, *arrays))
         clock.evaluate(list(decided.values()), logits, block, held)
         choices: list[list[Choice | Exception]] = [
             list(read(*decided[i])) if i in decided else [self._asked(group.rows[0], block, logits, masks)]
@@ -233,6 +236,10 @@ class Batch:
             mask if isinstance(mask := masks.get(row), Exception) else choice for row, choice in enumerate(placed)
         ]
 
+    def _agreed(self, report: mx.array, logprobs: mx.array) -> tuple[mx.array, mx.array]:
+        """What a group's choice is on all machines that run the pair."""
+        return self.pair.agreed.tokens(report), logprobs
+
     def _asked(self, row: int, block: mx.array, logits: mx.array, masks: "_Masks") -> Choice | Exception:
         """What callables choose for a text."""
         sequence, mask = self.sequences[row], masks.get(row)
@@ -242,7 +249,7 @@ class Batch:
         drafted = cast(list[int], block[row, 1:].tolist())
         seed = mx.array([sequence.seed], mx.uint32)
         try:
-            return sequence.chooser.choose(seed, sequence.text, drafted, logits[row], mask)
+            return sequence.chooser.choose(seed, sequence.text, drafted, logits[row], mask, self.pair.agreed)
         except Exception as error:  # whoever wrote them, the other texts go on
             return error
 
@@ -483,7 +490,8 @@ def next_round(batch: Batch, depth: Depth, budget: int, copies: "list[Copies | N
     results = batch.round([copy[: choice.drafts]] if choice.copied else choice.drafts, timed)
     sound = [(result, of) for result, of in zip(results, copies, strict=True) if isinstance(result, Round)]
     if sound:
-        depth.observe(*(Outcome(*result[1:5], result.times.total) for result, _ in sound))
+        seconds = batch.pair.agreed.seconds(sound[0][0].times.total)
+        depth.observe(*(Outcome(*result[1:5], seconds) for result, _ in sound))
     for result, of in sound:
         if of:
             of.extend(result.tokens)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import mlx.core as mx
 
+from mtp_mlx.agreement import ALONE, Agreement
 from mtp_mlx.programs import Programs
 
 if TYPE_CHECKING:
@@ -261,6 +262,7 @@ class Pair:
     programs: Programs = field(default_factory=Programs, compare=False, repr=False)  # shared by all sequences
     kv_bits: int | None = None  # of the keys and values in full-attention layers; None keeps them as computed
     measured: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)  # what outlives a text
+    agreed: Agreement = ALONE  # what has to be decided as one where several machines run the pair
 
     def make_cache(self) -> "Cache":
         """An empty cache for one sequence."""

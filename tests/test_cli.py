@@ -21,7 +21,7 @@ FIGURES = {
     "finish_reason", "rounds", "tokens_per_round", "drafted", "accepted", "accepted_per_position",
     "copied", "copied_accepted", "compiled",
     "commit_ms", "draft_ms", "verify_ms", "host_ms", "depth", "depth_reason", "alarm", "memory", "model",
-    "adapter", "drafter", "drafter_reason", "versions",
+    "adapter", "machines", "drafter", "drafter_reason", "versions",
 }  # fmt: skip
 
 

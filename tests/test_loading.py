@@ -402,7 +402,7 @@ def test_load_is_mlx_lms_with_a_drafter() -> None:
     for ours, other in zip(mine.values(), expected.values(), strict=False):
         assert (ours.name, ours.kind) == (other.name, other.kind)
         assert ours.name == "path_or_hf_repo" or ours.default == other.default
-    assert [name for name in mine if name not in expected] == ["drafter", "dtype", "drafter_bits", "kv_bits"]
+    assert [name for name in mine if name not in expected] == ["drafter", "dtype", "drafter_bits", "kv_bits", "group"]
     folder = FIXTURES / "gemma4_keqv"
     model, tokenizer, config = load(folder, lazy=True, return_config=True, model_config={"model_type": "gemma4"})
     assert isinstance(model, Model) and isinstance(tokenizer, TokenizerWrapper)
