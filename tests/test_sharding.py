@@ -18,6 +18,7 @@ from conftest import FIXTURES, AlteredTarget, DialledDrafter, gap, plain, varied
 from machines import OPTIONS, Meeting, Seat, start
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.lora import LoRALinear
+from mlx_lm.utils import load_tokenizer
 
 from mtp_mlx import generation
 from mtp_mlx.accept import normalise
@@ -320,7 +321,8 @@ def test_processes_write_what_one_writes_and_end_when_one_hangs(tmp_path: Path) 
     assert json.loads(out) == told
     for folder, pair in zip(folders, told, strict=True):
         assert pair["texts"][:-1] == alone(folder, 8)
-        assert len(pair["texts"][-1]) == 8
+        drawn = pair["texts"][-1]  # by chance, so that it may end by itself
+        assert len(drawn) == 8 or (drawn and drawn[-1] in load_tokenizer(folder).eos_token_ids)
 
 
 @pytest.mark.xdist_group("machines")
