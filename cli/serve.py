@@ -59,7 +59,7 @@ def command(
             "--think/--no-think", help="Whether to reason where a request does not say; default: as the model does."
         ),
     ] = None,
-    parallel: Annotated[int, typer.Option(min=1, max=64, help="Requests that are worked on in turn.")] = SLOTS,
+    parallel: Annotated[int, typer.Option(min=1, max=64, help="Requests that are worked on at a time.")] = SLOTS,
     prompt_cache: PromptCache = "auto",
     prompt_cache_dir: Annotated[
         Path | None,
