@@ -5,7 +5,7 @@ from typing import Annotated
 import mlx.core as mx
 import typer
 
-from mtp_mlx.errors import RequestError
+from mtp_mlx.errors import GroupError, RequestError
 
 BACKENDS = ("any", "ring", "jaccl", "mpi", "nccl")  # mlx.launch's, and whichever it has prepared
 
@@ -21,13 +21,19 @@ Backend = Annotated[
 def join(backend: str = "any") -> mx.distributed.Group | None:
     """The group of machines, None for one machine. Waits until all of them are there.
 
-    Raises RequestError for a backend that is unknown, or has not been prepared by mlx.launch.
+    Raises RequestError for a backend that is unknown, or has not been prepared by mlx.launch, and GroupError where
+    mlx.launch has started machines that do not find each other.
     """
     if backend not in BACKENDS:
         raise RequestError(f"--backend {backend} is not one of {', '.join(BACKENDS)}")
     try:
         group = mx.distributed.init(strict=backend != "any", backend=backend)
     except (RuntimeError, ValueError) as error:
+        if backend == "any":
+            raise GroupError(
+                f"the machines of mlx.launch have not found each other ({error}); what another one says may tell why; "
+                "start all of them again"
+            ) from error
         raise RequestError(
             f"--backend {backend} cannot be used here ({error}); start this with mlx.launch --backend {backend}"
         ) from error

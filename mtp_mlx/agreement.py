@@ -17,7 +17,7 @@ from typing import TypeVar, cast
 
 import mlx.core as mx
 
-from mtp_mlx.errors import GroupError, RequestError
+from mtp_mlx.errors import GroupError, MTPError, RequestError
 
 PATIENCE = 300.0  # seconds that one round, or one chunk of a prompt, may take before the others are taken to be gone
 LOADING = 3600.0  # seconds that the slowest machine may take longer to load
@@ -71,15 +71,45 @@ class Agreement:
         """Wait until all machines are here. Raises RequestError where they have not come with the same text."""
         if self.size == 1:
             return
-        digest = mx.array(list(sha256(loaded.encode()).digest()), mx.int32)[None]  # (1, 32)
-        with self._watched(LOADING), self._sudden():
-            all_digests = mx.distributed.all_gather(digest, group=self.group)  # (N, 32)
-            same = cast(list[bool], (all_digests == all_digests[:1]).all(axis=-1).tolist())
-        if not all(same):
+        stranger = _stranger(self._everyones(_digest(loaded), LOADING))
+        if stranger:
             raise RequestError(
-                f"rank {same.index(False)} has loaded something else than rank 0; give all {self.size} machines the "
+                f"rank {stranger} has loaded something else than rank 0; give all {self.size} machines the "
                 "same files of target and drafter, the same options, and the same versions of mlx and mtp-mlx"
             )
+
+    @contextmanager
+    def asked(self, options: str) -> Iterator[None]:
+        """What is looked at before a text: what one machine refuses, all of them refuse, and none goes on alone.
+
+        Raises RequestError where another one has refused it, or has been asked for it with other options.
+        """
+        if self.size == 1:
+            yield
+            return
+        try:
+            yield
+        except MTPError:
+            self._everyones(REFUSED, self.patience)
+            raise
+        found = self._everyones(_digest(options), self.patience)
+        if REFUSED in found:
+            raise RequestError(
+                f"rank {found.index(REFUSED)} of {self.size} has refused this text, so nobody writes it; its own "
+                "message tells why"
+            )
+        stranger = _stranger(found)
+        if stranger:
+            raise RequestError(
+                f"rank {stranger} is asked for another text than rank 0, or for the same one in another way; ask all "
+                f"{self.size} machines for the same texts, in the same order, with the same options"
+            )
+
+    def _everyones(self, mine: list[int], seconds: float) -> list[list[int]]:
+        """The lists of all machines, which are of one length."""
+        with self._watched(seconds), self._sudden():
+            row = mx.array(mine, mx.int32)[None]
+            return cast(list[list[int]], mx.distributed.all_gather(row, group=self.group).tolist())
 
     def together(self, slices: Generator[Item, None, None]) -> Generator[Item, None, None]:
         """The same slices of work, each of which ends in an error where the others are gone.
@@ -121,6 +151,18 @@ class Agreement:
             ) from error
 
 
+REFUSED = [-1] * 32  # in place of a digest
+
+
+def _digest(text: str) -> list[int]:
+    return list(sha256(text.encode()).digest())
+
+
+def _stranger(found: list[list[int]]) -> int:
+    """The first rank whose list is not rank 0's; 0 where all are the same."""
+    return next((rank for rank, each in enumerate(found) if each != found[0]), 0)
+
+
 BACKENDS = ("[ring]", "[jaccl]", "[mpi]", "[nccl]")  # how their errors begin
 ALONE = Agreement()
 
@@ -138,11 +180,12 @@ class Watch:
 
     @contextmanager
     def limit(self, seconds: float) -> Iterator[None]:
+        before = self._seconds, self._end
         self._seconds, self._end = seconds, time.monotonic() + seconds
         try:
             yield
         finally:
-            self._end = float("inf")
+            self._seconds, self._end = before
 
     def _look(self) -> None:
         while time.monotonic() < self._end:

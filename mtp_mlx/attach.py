@@ -72,7 +72,7 @@ def _text_of(model: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
     kind = type(model)
     if isinstance(model, Model):
         raise PairError("this model has a drafter already; attach another one to the model that mlx-lm has loaded")
-    text = model.children().get("language_model", model)
+    text = model.children().get("language_model", model) if isinstance(model, nn.Module) else None
     arguments = vars(text).get("args") if isinstance(text, nn.Module) else None
     if not kind.__module__.startswith("mlx_lm.models.") or not is_dataclass(arguments) or isinstance(arguments, type):
         raise PairError(

@@ -93,11 +93,13 @@ def stream_generate(
         prefill_step_size,
     )
     words: Any = tokenizer if isinstance(tokenizer, TokenizerWrapper | _NoText) else TokenizerWrapper(tokenizer)
-    ids = encode(words, prompt)
-    pair = _drafting(pair_of(model), draft_model)
-    cache = None if prompt_cache is None else PromptCache(pair, prompt_cache)
-    storage = _Storage(kv_bits, kv_group_size, quantized_kv_start, max_kv_size, input_embeddings is not None)
-    pair = storage.applied(pair, cache, len(ids), options.max_tokens)
+    pair = pair_of(model)
+    with pair.agreed.asked("a text"):
+        ids = encode(words, prompt)
+        pair = _drafting(pair, draft_model)
+        cache = None if prompt_cache is None else PromptCache(pair, prompt_cache)
+        storage = _Storage(kv_bits, kv_group_size, quantized_kv_start, max_kv_size, input_embeddings is not None)
+        pair = storage.applied(pair, cache, len(ids), options.max_tokens)
     text = pair.agreed.together(solo(generation(pair, words, ids, options, cache)))
     with wired(), closing(_on(stream, text)) as events:
         yield from _given(events, cache, prompt_progress_callback, prefill)

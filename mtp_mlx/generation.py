@@ -139,10 +139,12 @@ def generation(
     # At depth 0 nobody has to keep a drafter up to date, unless others go on from here.
     running = pair if prefixes or options.depth != 0 else replace(pair, drafter=NOBODY)
     prefixes = prefixes or Prefixes(running, 0)
-    admission = _admitted(running, ids, options, prefixes)
+    with pair.agreed.asked(_manner(pair, options, prefixes)):
+        admission = _admitted(running, ids, options, prefixes)
+        chooser = _chooser(pair, tokenizer, options)
+    budget = pair.agreed.least(admission.tokens)
     copies = _copies(pair, tokenizer, ids, options)
     seed = _seed(options)
-    chooser = _chooser(pair, tokenizer, options)
     mx.reset_peak_memory()
     with _policy(pair, options) as policy, prefixes.open(ids, chooser, seed, admission.promised) as text:
         if options.grammar:
@@ -152,7 +154,7 @@ def generation(
             yield Progress(done, len(ids), text.cached)
         memory = Memory(target=pair.target.nbytes, drafter=pair.drafter.nbytes)
         stats = Stats(len(ids), text.cached, memory=memory, compiled=compiles())
-        emitter = _Emitter(tokenizer, options.stops, admission.tokens)
+        emitter = _Emitter(tokenizer, options.stops, budget)
         writing = Writing(text.sequence, policy, stats, emitter, options, copies)
         try:
             turn = yield writing
@@ -193,9 +195,18 @@ def _admitted(pair: Pair, ids: list[int], options: Options, prefixes: Prefixes |
     allowed = check_lengths(length, options.max_tokens, pair.target.context)
     endless, evictable = options.max_tokens == -1, prefixes.evictable
     admission = admit(pair, length, allowed, endless=endless, evictable=evictable, claims=prefixes.claims)
-    admission = admission._replace(tokens=pair.agreed.least(admission.tokens))
     prefixes.release(admission.short)
     return admission
+
+
+def _manner(pair: Pair, options: Options, prefixes: Prefixes | PromptCache) -> str:
+    """What several machines have to be told alike, or they would compute other blocks. Prompts and seeds may differ."""
+    sampler = options.sampler or Greedy()
+    named = sampler if isinstance(sampler, Greedy | Sample) else "a callable"  # whose repr may hold its address
+    processed = bool(options.logits_processors)
+    how = (options.max_tokens, options.depth, named, processed, options.penalties, options.drafts, options.lookup)
+    seeded = options.seed is not None
+    return repr((*how, seeded, options.prefill_step_size, sorted(options.stops), pair.kv_bits, prefixes.offset))
 
 
 def _seed(options: Options) -> int:

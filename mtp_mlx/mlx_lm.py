@@ -60,8 +60,9 @@ class Inside:
             yield last
         if last:
             stats = last.stats
+            # On a line of its own: the text before it has not ended one.
             print(
-                f"mtp-mlx: {stats.accepted} of {stats.drafted} drafts kept, in {stats.rounds} rounds", file=sys.stderr
+                f"\nmtp-mlx: {stats.accepted} of {stats.drafted} drafts kept, in {stats.rounds} rounds", file=sys.stderr
             )
 
     def batch_generate(

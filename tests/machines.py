@@ -88,6 +88,9 @@ class Seat(Agreement):
     def least(self, number: int) -> int:
         return min(cast(int, each.item()) for each in self.meeting.all_of(self.place, mx.array(number)))
 
+    def _everyones(self, mine: list[int], seconds: float) -> list[list[int]]:
+        return [cast(list[int], each.tolist()) for each in self.meeting.all_of(self.place, mx.array(mine))]
+
 
 def start(size: int, folder: Path, *command: str) -> list[subprocess.Popen[str]]:
     """A process for every rank, joined as mlx.launch does it."""

@@ -11,7 +11,7 @@ import pytest
 from machines import Meeting, Seat
 
 from mtp_mlx.agreement import ALONE, Agreement
-from mtp_mlx.errors import GroupError, RequestError
+from mtp_mlx.errors import GroupError, MTPError, PairError, RequestError
 
 
 def test_alone_everything_is_as_it_is_given() -> None:
@@ -46,6 +46,39 @@ def test_the_least_and_the_first_seconds() -> None:
 
     (least, seconds), other = meeting.run(work)
     assert least == 5 and seconds == pytest.approx(0.1) and other == (least, seconds)
+
+
+def test_a_text_that_one_machine_refuses_is_refused_by_all() -> None:
+    """In its own words by that one. Otherwise the next text of one would be computed with the last of another."""
+    meeting = Meeting(3)
+
+    def work(rank: int) -> str:
+        try:
+            with Seat(meeting=meeting, place=rank).asked("depth 2"):
+                if rank == 1:
+                    raise PairError("it does not fit")
+        except MTPError as error:
+            return str(error)
+        return "written"
+
+    first, second, third = meeting.run(work)
+    assert second == "it does not fit" and first == third
+    assert first == "rank 1 of 3 has refused this text, so nobody writes it; its own message tells why"
+
+
+def test_machines_that_are_asked_in_other_ways_refuse_the_text() -> None:
+    meeting = Meeting(2)
+
+    def work(rank: int, *options: str) -> str:
+        try:
+            with Seat(meeting=meeting, place=rank).asked(options[rank]):
+                return "written"
+        except RequestError as error:
+            return str(error)
+
+    assert meeting.run(lambda rank: work(rank, "depth 2", "depth 2")) == ["written"] * 2
+    first, second = meeting.run(lambda rank: work(rank, "depth 2", "depth 3"))
+    assert first == second and first.startswith("rank 1 is asked for another text than rank 0, or for the same one in")
 
 
 @dataclass(frozen=True)
@@ -110,6 +143,18 @@ def test_a_slice_that_takes_too_long_ends_the_process() -> None:
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (1, "in time\n")
     assert done.stderr.startswith("mtp-mlx: rank 1 of 2 has waited 0.2 s for the others, which hang or are gone")
+
+
+def test_a_limit_within_another_leaves_that_one_in_force() -> None:
+    code = (
+        "import time; from mtp_mlx import agreement; agreement.TICK = 0.05\n"
+        "watch = agreement.Watch('rank 1 of 2')\n"
+        "with watch.limit(0.3):\n"
+        "    with watch.limit(5): pass\n"
+        "    time.sleep(2)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "has waited 0.3 s" in done.stderr
 
 
 def test_only_slices_are_watched(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -188,6 +188,9 @@ def test_what_cannot_be_attached_to_is_named() -> None:
     arguments = llama.ModelArgs(model_type="llama", rms_norm_eps=1e-6, vocab_size=32, **sizes)
     with pytest.raises(PairError, match=r"'llama' has no drafter here; supported are gemma4, .*qwen3_next"):
         attach(llama.Model(arguments))
+    pair: Any = (llama.Model(arguments), "its tokenizer")  # as mlx_lm.load returns them
+    with pytest.raises(PairError, match=r"builtins\.tuple is no language model of mlx-lm's"):
+        attach(pair)
     with pytest.raises(PairError, match=r"mlx\.nn\.layers\.linear\.Linear is no language model of mlx-lm's"):
         attach(nn.Linear(2, 2))
     with pytest.raises(PairError, match="has a drafter already"):

@@ -7,7 +7,7 @@ import pytest
 from conftest import program
 
 from mtp_mlx.cli.group import join, refuse_group
-from mtp_mlx.errors import RequestError
+from mtp_mlx.errors import GroupError, RequestError
 
 
 class Group:
@@ -36,6 +36,15 @@ def test_a_backend_that_is_not_there_is_an_error() -> None:
         join("ring")
     with pytest.raises(RequestError, match="--backend token-ring is not one of any, ring, jaccl"):
         join("token-ring")
+
+
+def test_machines_that_do_not_find_each_other_are_told_so() -> None:
+    error = RuntimeError("[ring] Couldn't connect (error: 111)")
+    with (
+        mock.patch("mlx.core.distributed.init", side_effect=error),
+        pytest.raises(GroupError, match=r"have not found each other \(\[ring\] Couldn't connect.*start all of them"),
+    ):
+        join()
 
 
 @pytest.mark.parametrize("command", [["chat"], ["serve", "--port", "0"], ["bench"], ["verify"]], ids=lambda c: c[0])

@@ -154,6 +154,7 @@ def test_generate_drafts_and_says_what_came_of_it(capsys: pytest.CaptureFixture[
     assert call(*arguments, "--depth", "3") == 0
     out, err = capsys.readouterr()
     assert "Generation: 16 tokens" in out  # mlx-lm's own line
+    assert err.startswith("\nmtp-mlx: "), "the text has not ended its line"
     kept, drafted, rounds = (int(word) for word in err.split() if word.isdigit())
     assert 0 < kept <= drafted and rounds < 16
     assert call("--drafter", "none", *arguments, "--depth", "0") == 0

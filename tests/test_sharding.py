@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from threading import local
-from typing import cast
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -249,6 +249,34 @@ def test_machines_that_are_asked_for_other_texts_write_rank_0s(monkeypatch: pyte
     alone = text(Pair(target("qwen3_5_moe"), dialled("qwen3_5_moe")), 0)
     assert meeting.run(lambda rank: text(mistaken(meeting, rank), rank)) == [alone] * 2
     assert len(alone) == 12
+
+
+@pytest.mark.parametrize(
+    "ways",
+    [
+        [{"depth": 2}, {"depth": 0}],
+        [{"prefill_step_size": 8}, {"prefill_step_size": 3}],
+        [{"max_tokens": 6}, {"max_tokens": 7}],
+        [{"sampler": Sample(0.5)}, {"sampler": Greedy()}],
+        [{"seed": 1}, {}],
+        [{}, {"prompt": ""}],
+        [{}, {"prompt_cache": []}],
+    ],
+    ids=lambda ways: ",".join({**ways[0], **ways[1]}),
+)
+def test_machines_that_are_asked_in_other_ways_write_nothing_and_keep_step(ways: list[dict[str, Any]]) -> None:
+    """As far as the next text: a program may go on after an error."""
+    meeting = Meeting(2)
+    _, tokenizer = load(FIXTURES / "qwen3_5_moe", dtype=mx.float32)
+
+    def texts(rank: int) -> list[int]:
+        pair = mistaken(meeting, rank)
+        with pytest.raises(RequestError):
+            list(stream_generate(pair, tokenizer, **{"prompt": PROMPT, "max_tokens": 5, "depth": 1, **ways[rank]}))
+        return [response.token for response in stream_generate(pair, tokenizer, PROMPT, 5, depth=1)]
+
+    first, second = meeting.run(texts)
+    assert first == second == plain(target("qwen3_5_moe"), PROMPT, 5)
 
 
 def test_machines_measure_depths_by_one_clock() -> None:
