@@ -193,8 +193,9 @@ class Engine:
 
     def _write(self, first: Writing) -> None:
         """A slice of writing: a few rounds of a text and its company."""
-        able = {id(job.writing): job for job in self._live if job.writing and not job.rests}
-        others = [job.writing for job in self._live if job.writing and job.writing is not first and not job.rests]
+        # Whether a job rests is asked once: its reader is on another thread.
+        able = {id(job.writing): job for job in self._live if job.writing is first or (job.writing and not job.rests)}
+        others = [job.writing for job in able.values() if job.writing and job.writing is not first]
         writings = self._together.company([first, *others])
         jobs = [able[id(writing)] for writing in writings]
         for _ in range(ROUNDS):

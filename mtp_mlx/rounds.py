@@ -104,7 +104,7 @@ class Batch:
 
     def release(self, leaving: "list[Sequence]") -> None:
         """Let texts go on by themselves, each in a batch of its own; the others stay."""
-        if len(self._members) == 1:
+        if len(self._members) == 1 or not leaving:
             return
         self.commit()
         apart = [sequence for sequence in self.sequences if sequence in leaving]

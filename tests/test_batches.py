@@ -1,6 +1,7 @@
 """`batch_generate`: each text is what `stream_generate` writes for its prompt alone."""
 
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -13,6 +14,7 @@ from mlx_lm.sample_utils import make_logits_processors, make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mtp_mlx.batches import Figures, batch_generate
+from mtp_mlx.cache import Cache
 from mtp_mlx.errors import BusyError, RequestError
 from mtp_mlx.generate import stream_generate
 from mtp_mlx.generation import Generation, generation
@@ -21,7 +23,7 @@ from mtp_mlx.options import Options
 from mtp_mlx.penalties import Penalties
 from mtp_mlx.prefixes import Prefixes
 from mtp_mlx.sampling import Greedy, Sample
-from mtp_mlx.together import Together
+from mtp_mlx.together import Pace, Together
 from mtp_mlx.types import Pair
 
 Loaded = tuple[Pair, TokenizerWrapper]
@@ -91,6 +93,18 @@ def test_texts_end_at_stops_and_others_take_their_place(loaded: Loaded, sizes: l
     assert result.token_ids == [text[:end] for text, end in zip(free, ends, strict=True)]
     assert len(set(ends)) > 2 and max(sizes) == 3
     assert result.texts == [tokenizer.decode(ids) for ids in result.token_ids]
+
+
+@pytest.mark.parametrize("depth", [0, 2])
+def test_a_batch_that_nobody_joins_or_leaves_is_not_copied(loaded: Loaded, sizes: list[int], depth: int) -> None:
+    """A round costs a copy of nothing, and a drafter that is not asked is told of many rounds at once."""
+    prompts = [varied_tokens(5, seed=row) for row in range(3)]
+    options = Options(40, depth)
+    with mock.patch.object(Cache, "select", autospec=True, side_effect=Cache.select) as select:
+        texts = [partial(generation, *loaded, prompt, options, Prefixes(loaded[0], 0)) for prompt in prompts]
+        list(Together(loaded[0], Pace()).write(texts, 3))
+    together = sum(size > 1 for size in sizes)
+    assert together > 9 and select.call_count < together / 2
 
 
 def test_the_response_is_mlx_lm_s(loaded: Loaded, capsys: pytest.CaptureFixture[str]) -> None:

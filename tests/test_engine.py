@@ -1,5 +1,6 @@
 """Several requests share a pair in slices: none gets another's text, a short one does not wait, a reader may leave."""
 
+import itertools
 import json
 import re
 import threading
@@ -145,6 +146,17 @@ def test_a_slow_reader_rests_its_own_request_only(engine: Engine, monkeypatch: p
     assert len(tokens_of(quick)) == 40
     assert slow._job.events.qsize() <= 8 + module.ROUNDS
     assert len(tokens_of(slow)) == 200
+
+
+def test_a_reader_that_catches_up_while_its_company_is_gathered_does_no_harm(
+    loaded: Loaded, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether a request rests may change at any moment, on the reader's thread."""
+    answers = itertools.cycle([True, False, False])
+    monkeypatch.setattr(module._Job, "rests", property(lambda job: next(answers)))
+    requests = [Request(varied_tokens(9, seed=row), Options(30, 2, seed=row)) for row in range(4)]
+    streams = [engine.stream(request) for request in requests]
+    assert [tokens_of(stream) for stream in streams] == [ids(alone(loaded, request)) for request in requests]
 
 
 def test_a_stop_text_ends_the_output_wherever_it_begins(loaded: Loaded, engine: Engine) -> None:
