@@ -177,6 +177,11 @@ class Batch:
         self._block = block._replace(kept=(*block.kept[:row], n, *block.kept[row + 1 :]))
         return block.kept[row] - n
 
+    @property
+    def committed(self) -> bool:
+        """Whether there is no block that `keep` could cut."""
+        return self._block is None
+
     def _groups(self) -> tuple[Group, ...]:
         """The texts by their rules. One that the host has a say in is not chosen for together with others."""
         rows: dict[Hashable, list[int]] = {}
@@ -434,6 +439,11 @@ class Sequence:
     def commit(self) -> None:
         """Keep what is right of the newest round for good, and let the drafter know."""
         self.batch.commit()
+
+    @property
+    def committed(self) -> bool:
+        """Whether nothing of the newest round can be cut any more."""
+        return self.batch.committed
 
     def recent(self, reach: int) -> list[int]:
         """So many tokens before the newest one; -1 before the text begins."""

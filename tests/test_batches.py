@@ -1,5 +1,6 @@
 """`batch_generate`: each text is what `stream_generate` writes for its prompt alone."""
 
+import gc
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ from mlx_lm.models.cache import KVCache
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mtp_mlx.batches import Figures, batch_generate
+from mtp_mlx.batches import Figures, _Results, batch_generate
 from mtp_mlx.cache import Cache
 from mtp_mlx.errors import BusyError, RequestError
 from mtp_mlx.generate import stream_generate
@@ -22,6 +23,7 @@ from mtp_mlx.loading import load
 from mtp_mlx.options import Options
 from mtp_mlx.penalties import Penalties
 from mtp_mlx.prefixes import Prefixes
+from mtp_mlx.prompt_cache import PromptCache, Text
 from mtp_mlx.sampling import Greedy, Sample
 from mtp_mlx.together import Pace, Together
 from mtp_mlx.types import Pair
@@ -141,6 +143,60 @@ def test_prompt_caches_are_gone_on_from_and_returned(loaded: Loaded, sizes: list
         whole = [text + extra for text, extra in zip(read, more, strict=True)]
         assert second.token_ids == [_alone(loaded, text, 10, depth=0) for text in whole]
     assert max(sizes) == 4
+
+
+def test_a_fault_is_told_of_even_where_others_were_in_the_middle_of_a_round(loaded: Loaded, sizes: list[int]) -> None:
+    """What would be left in prompt caches is of no use to anybody then."""
+    calls = 0
+
+    def faulty(tokens: mx.array, logits: mx.array) -> mx.array:
+        nonlocal calls
+        calls += 1
+        if calls == 9:
+            raise ZeroDivisionError("a fault of the caller's")
+        return logits
+
+    prompts = [varied_tokens(9, seed=row + 1) for row in range(4)]
+    processors: Any = [[faulty], None, None, None]
+    pair = replace(loaded[0], measured={})
+    with pytest.raises(ZeroDivisionError):
+        batch_generate(pair, loaded[1], prompts, logits_processors=processors, depth=2, return_prompt_caches=True)
+    assert sizes[-1] > 1
+
+
+def test_a_text_that_has_ended_holds_nothing(loaded: Loaded) -> None:
+    """The log-probabilities of its last round are of a whole batch."""
+    held: dict[int, int] = {}
+    for count in (8, 40):
+        with mock.patch.object(_Results, "response", lambda *_: mx.get_active_memory()):
+            gc.collect()
+            before = mx.get_active_memory()
+            prompts = [varied_tokens(9, seed=row) for row in range(count)]
+            after: Any = batch_generate(*loaded, prompts, max_tokens=6, depth=0, completion_batch_size=8)
+            held[count] = after - before
+    assert held[40] - held[8] < 32 * 320 * 4
+
+
+def test_texts_with_prompt_caches_know_of_each_other_s_memory(loaded: Loaded, sizes: list[int]) -> None:
+    """One for which there is none yet waits until another has ended."""
+    pair, _ = loaded
+    needed = pair.target.kv_bytes(60) + pair.drafter.kv_bytes(60)
+    texts: list[Text] = []
+
+    def free() -> int:
+        return int(1.5 * needed) - sum(text.sequence.nbytes for text in texts)
+
+    def opened(self: PromptCache, *arguments: Any) -> Text:
+        nonlocal texts
+        texts = self.texts
+        return plain(self, *arguments)
+
+    plain = PromptCache.open
+    prompts = [varied_tokens(20, seed=row + 1) for row in range(3)]
+    with mock.patch("mtp_mlx.memory.free_bytes", free), mock.patch.object(PromptCache, "open", opened):
+        pair = replace(pair, measured={})
+        result = batch_generate(pair, loaded[1], prompts, max_tokens=12, return_prompt_caches=True, depth=2)
+    assert result.caches is not None and max(sizes) == 1 and not texts
 
 
 def test_what_does_not_fit_is_refused(loaded: Loaded) -> None:
