@@ -20,6 +20,7 @@ from mtp_mlx.errors import BusyError, RequestError
 from mtp_mlx.generate import stream_generate
 from mtp_mlx.generation import Generation, generation
 from mtp_mlx.loading import load
+from mtp_mlx.ngram import NOBODY
 from mtp_mlx.options import Options
 from mtp_mlx.penalties import Penalties
 from mtp_mlx.prefixes import Prefixes
@@ -250,6 +251,21 @@ def test_what_loses_is_found_out_and_written_in_turn(loaded: Loaded) -> None:
     for _ in range(80):
         pace.add(4, 4, 1.0)
     assert pace.together(4)
+
+
+def test_a_pair_with_another_drafter_is_measured_by_itself(loaded: Loaded) -> None:
+    pair = replace(loaded[0], measured={})
+    assert Together(replace(pair, drafter=NOBODY))._policy(2, "auto") != Together(pair)._policy(2, "auto")
+    assert Together(pair)._policy(2, "auto") is Together(pair)._policy(2, "auto")
+
+
+def test_one_hiccup_does_not_rule_a_way_out_for_long() -> None:
+    """Depths that a batch has not run before are traced, which may take as long as hundreds of rounds."""
+    pace = Pace()
+    for number in range(1400):
+        together = pace.together(4)
+        pace.add(4 if together else 1, 4 if together else 1, 3000.0 if number == 3 else 1.0)
+    assert pace.together(4) and pace.rates[4].pace > 3
 
 
 def test_texts_of_very_different_length_are_not_written_together(loaded: Loaded) -> None:
