@@ -11,7 +11,7 @@ from weakref import ref
 import mlx.core as mx
 
 from mtp_mlx import steps
-from mtp_mlx.cache import MAX_BLOCK, Cache
+from mtp_mlx.cache import MAX_BLOCK, Cache, taken
 from mtp_mlx.choosing import Callables, Choice, Context, Group, Rules, read
 from mtp_mlx.clock import Clock, Times
 from mtp_mlx.copying import Copies
@@ -112,16 +112,21 @@ class Batch:
             sequence.batch = self._of([sequence])
         staying = [sequence for sequence in self.sequences if sequence not in leaving]
         if staying:
-            rest = self._of(staying)
-            self._members, self.cache, self.state = rest._members, rest.cache, rest.state
+            rows = self._rows(staying)
+            self.cache.reduce(rows)
+            self._members, self.state = [ref(sequence) for sequence in staying], tuple(taken(list(self.state), rows))
+            mx.eval(self.state)
 
     def _of(self, sequences: "list[Sequence]") -> "Batch":
-        rows = [self.sequences.index(sequence) for sequence in sequences]
-        state = tuple(mx.take(array, mx.array(rows), axis=0) for array in self.state)
+        rows = self._rows(sequences)
+        state = tuple(taken(list(self.state), rows))
         batch = Batch(self.pair, sequences, self.cache.select(rows), state)
         batch.ready = self.ready
         mx.eval(state)
         return batch
+
+    def _rows(self, sequences: "list[Sequence]") -> list[int]:
+        return [self.sequences.index(sequence) for sequence in sequences]
 
     def read(self, chunk: list[int], following: list[int]) -> None:
         """Read a chunk of a prompt, which begins with the newest token of the only text, and keep it.

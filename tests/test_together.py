@@ -1,6 +1,8 @@
 """Many texts in one batch: each is what it would be alone, whoever comes and goes beside it."""
 
+import gc
 from functools import cache
+from typing import Any
 
 import mlx.core as mx
 import pytest
@@ -214,6 +216,23 @@ def test_rows_of_different_capacity_meet(variant: str) -> None:
     for sequence, prompt in zip(batch.sequences, prompts, strict=True):
         written = sequence.text[len(prompt) :]
         assert written == plain(target, prompt, len(written))
+
+
+def test_a_text_that_leaves_does_not_double_the_memory_of_those_who_stay() -> None:
+    target, drafter = tiny_pair("gemma4_keqv")
+    texts = [_begun(open_sequence(target, drafter, Greedy()), varied_tokens(300, seed=row)) for row in range(8)]
+    batch = _joined(texts)
+    batch.commit()
+    gc.collect()
+    held, largest = batch.cache.nbytes, max(_nbytes(layer.arrays()) for layer in batch.cache.layers)
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    batch.release(texts[:1])
+    assert mx.get_peak_memory() - before < held / 8 + 1.2 * largest
+
+
+def _nbytes(arrays: list[Any]) -> int:
+    return sum(array.nbytes for array in arrays)
 
 
 @pytest.mark.parametrize("variant", ["gemma4_keqv", "qwen3_5_dense"])
