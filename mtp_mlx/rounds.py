@@ -341,7 +341,7 @@ def _mask(grammar: "GrammarState", drafts: list[int]) -> mx.array | Exception | 
     """Which tokens a grammar allows after each draft; None: all."""
     try:
         mask = grammar.masks(drafts)
-    except RequestError as error:
+    except Exception as error:  # whatever it is, the other texts go on
         return error
     return None if mask is None else mask[0]
 
@@ -462,7 +462,10 @@ class Sequence:
         if not choice.sound:
             return self._unsound()
         if self.grammar is not None:
-            self.grammar.advance(choice.tokens)
+            try:
+                self.grammar.advance(choice.tokens)
+            except Exception as error:  # whatever it is, the other texts go on
+                return error
         self.text += choice.tokens
         return choice
 

@@ -3,6 +3,7 @@
 import gc
 from functools import cache
 from typing import Any
+from unittest import mock
 
 import mlx.core as mx
 import pytest
@@ -214,6 +215,24 @@ def test_rows_of_different_capacity_meet(variant: str) -> None:
     for _ in range(20):
         _sound(batch.round(3))
     for sequence, prompt in zip(batch.sequences, prompts, strict=True):
+        written = sequence.text[len(prompt) :]
+        assert written == plain(target, prompt, len(written))
+
+
+@pytest.mark.parametrize("fault", ["masks", "advance"])
+def test_a_grammar_that_fails_leaves_the_others_alone(fault: str) -> None:
+    target, drafter = tiny_pair("qwen3_5_tied")
+    prompts = [varied_tokens(length, seed=length) for length in LENGTHS[:3]]
+    texts = [_begun(open_sequence(target, drafter, Greedy()), prompt) for prompt in prompts]
+    batch = _joined(texts)
+    grammar = mock.Mock(free=False, **{"masks.return_value": None, f"{fault}.side_effect": ZeroDivisionError})
+    texts[1].grammar = grammar
+    results = batch.round(2)
+    assert isinstance(results[1], ZeroDivisionError)
+    batch.release([texts[1]])
+    for _ in range(3):
+        _sound(batch.round(2))
+    for sequence, prompt in ((texts[0], prompts[0]), (texts[2], prompts[2])):
         written = sequence.text[len(prompt) :]
         assert written == plain(target, prompt, len(written))
 
