@@ -2,6 +2,7 @@
 
 import logging
 from bisect import bisect_right
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from mtp_mlx import memory
@@ -26,6 +27,12 @@ class Claims(NamedTuple):
 
     held: int = 0
     due: int = 0  # promised to them, and not taken yet
+
+    @classmethod
+    def of(cls, texts: Iterable[tuple[int, int]]) -> "Claims":
+        """Of texts that hold so many bytes and have been promised so many."""
+        known = list(texts)
+        return cls(sum(held for held, _ in known), sum(max(0, promised - held) for held, promised in known))
 
 
 def admit(

@@ -19,8 +19,9 @@ from mtp_mlx.ngram import NOBODY
 from mtp_mlx.options import DEFAULT_PREFILL_STEP, Options, Prompt
 from mtp_mlx.penalties import Penalties
 from mtp_mlx.prefixes import Prefixes
-from mtp_mlx.prompt_cache import PromptCache, stock_caches
+from mtp_mlx.prompt_cache import PromptCache, Text, stock_caches
 from mtp_mlx.sampling import Sampler
+from mtp_mlx.stats import Stats
 from mtp_mlx.together import Together
 from mtp_mlx.types import Pair
 
@@ -111,9 +112,10 @@ def batch_generate(
 
 def _caches(pair: Pair, given: list[list[Any]] | None, wanted: bool, count: int) -> list[PromptCache]:
     """Copies of the caches that were given, or empty ones where they are wanted; none where nobody asks for any."""
+    beside: list[Text] = []
     if given is None:
-        return [PromptCache(pair, stock_caches(pair.target)) for _ in range(count * wanted)]
-    return [PromptCache(pair, deepcopy(caches)) for caches in _each(given, count, "prompt_caches")]
+        return [PromptCache(pair, stock_caches(pair.target), beside) for _ in range(count * wanted)]
+    return [PromptCache(pair, deepcopy(caches), beside) for caches in _each(given, count, "prompt_caches")]
 
 
 def _each(given: Any, count: int, name: str) -> list[Any]:
@@ -141,8 +143,7 @@ class _Results:
         self._last = self._began
         self._tokens: list[list[int]] = [[] for _ in range(count)]
         self._logprobs: list[list[float]] | None = [[] for _ in range(count)] if logprobs else None
-        self._ended: dict[int, Response] = {}
-        self._rounds = 0
+        self._ended: dict[int, Stats] = {}  # not the responses, whose log-probabilities are of a whole batch
         self._show()
 
     def add(self, number: int, event: Progress | list[Response]) -> None:
@@ -160,7 +161,7 @@ class _Results:
                 if self._logprobs is not None:
                     self._logprobs[number].append(cast(float, response.logprobs[response.token].item()))
         if responses[-1].finish_reason:
-            self._ended[number] = responses[-1]
+            self._ended[number] = responses[-1].stats
             self._show()
 
     def _show(self) -> None:
@@ -180,7 +181,7 @@ class _Results:
         return BatchResponse(texts, stats, caches, self._tokens if token_ids else None, self._logprobs)
 
     def _stats(self) -> Figures:
-        last = [response.stats for response in self._ended.values()]
+        last = list(self._ended.values())
         wall = time.perf_counter() - self._began
         return Figures(
             prompt_tokens=sum(stats.prompt_tokens for stats in last),
@@ -189,7 +190,7 @@ class _Results:
             generation_steps=sum(stats.rounds for stats in last),
             decode_time=wall - self._reading,
             wall_time=wall,
-            peak_memory=mx.get_peak_memory() / 1e9,
+            peak_memory=max((stats.memory.peak for stats in last), default=0) / 1e9,
             drafted=sum(stats.drafted for stats in last),
             accepted=sum(stats.accepted for stats in last),
         )

@@ -125,6 +125,13 @@ class Cache:
             mx.eval(chosen.layers[-1].arrays())
         return chosen
 
+    def reduce(self, rows: list[int]) -> None:
+        """Hold nothing but these of its sequences; nothing waits for its commit."""
+        self.position = self.position[mx.array(rows)]
+        for number, layer in enumerate(self.layers):
+            self.layers[number] = layer.select(rows)
+            mx.eval(self.layers[number].arrays())  # so that no more than one layer is in memory twice
+
     @property
     def nbytes(self) -> int:
         """Bytes held by the buffers, empty capacity included."""

@@ -193,8 +193,9 @@ class Engine:
 
     def _write(self, first: Writing) -> None:
         """A slice of writing: a few rounds of a text and its company."""
-        able = {id(job.writing): job for job in self._live if job.writing and not job.rests}
-        others = [job.writing for job in self._live if job.writing and job.writing is not first and not job.rests]
+        # Whether a job rests is asked once: its reader is on another thread.
+        able = {id(job.writing): job for job in self._live if job.writing is first or (job.writing and not job.rests)}
+        others = [job.writing for job in able.values() if job.writing and job.writing is not first]
         writings = self._together.company([first, *others])
         jobs = [able[id(writing)] for writing in writings]
         for _ in range(ROUNDS):
@@ -353,6 +354,7 @@ class _Job:
         try:
             if not self.cancelled.is_set():
                 return self._slice(turn)
+            self.writing = None
             self._source.close()
         except BusyError:
             raise
@@ -365,11 +367,12 @@ class _Job:
 
     def fail(self, error: Exception) -> None:
         """End it with an error for its reader, even where it cannot be ended well."""
+        self.writing = None
         try:
             self._source.close()
         except Exception:
             _log.exception("a fault while a request was ended")
-        self._tell(error)
+        self._tell(_bare(error))
 
     def _slice(self, turn: Turn | None) -> bool:
         self.writing = None
@@ -436,3 +439,11 @@ class _Job:
         """What stands before a stop text in the token in which it begins."""
         if self._free:
             yield replace(self._held[0], text=self._held[0].text[: self._free])
+
+
+def _bare(error: Exception) -> Exception:
+    """An error without the frames it came through: they know of every text that was written, and of its buffers."""
+    link: BaseException | None = error
+    while link and link.__traceback__:
+        link.__traceback__, link = None, link.__cause__ or link.__context__
+    return error

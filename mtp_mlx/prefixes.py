@@ -99,9 +99,7 @@ class Prefixes:
     @property
     def claims(self) -> Claims:
         """Of the texts that are being read or written."""
-        held = [text.sequence.nbytes for text in self._texts]
-        due = [max(0, text.promised - nbytes) for text, nbytes in zip(self._texts, held, strict=True)]
-        return Claims(sum(held), sum(due))
+        return Claims.of((text.sequence.nbytes, text.promised) for text in self._texts)
 
     def open(self, prompt: list[int], chooser: Rules | Callables, seed: int = 0, promised: int = 0) -> "Text":
         """A text that begins with as much of a prompt as is stored; its last token is always read again.

@@ -44,20 +44,26 @@ class PromptCache:
     """A list of mlx-lm's caches, for one text: what it goes on from, and what it leaves.
 
     After N tokens that somebody has been given, the caches hold what they held, the prompt and the N tokens, whatever
-    ended the text.
+    ended the text. They stay as they were where it was broken off among others of a batch, in the middle of a round.
 
-    Raises RequestError for caches that do not belong to such a pair.
+    `beside` are the texts that are read or written at the same time, with caches of their own: what they have been
+    promised is left to them. Raises RequestError for caches that do not belong to such a pair.
     """
 
     evictable = 0
-    claims = Claims()
 
-    def __init__(self, pair: Pair, caches: list[Any]):
+    def __init__(self, pair: Pair, caches: list[Any], beside: "list[Text] | None" = None):
         self.pair, self.caches = pair, caches
+        self.texts: list[Text] = [] if beside is None else beside
         self.given = 0  # tokens of the text that somebody has
         self.given_of_round = 0  # of them, those of a round of which there are more
         _check_kinds(pair, caches)
         self.offset = _offset(self._own)  # tokens that they hold
+
+    @property
+    def claims(self) -> Claims:
+        """Of the texts that are being read or written."""
+        return Claims.of((text.sequence.nbytes, text.promised) for text in self.texts)
 
     @property
     def _own(self) -> list[Any]:
@@ -75,10 +81,10 @@ class PromptCache:
     def open(self, prompt: list[int], chooser: Rules | Callables, seed: int = 0, promised: int = 0) -> "Text":
         """A text that goes on from the caches with a prompt of at least one token."""
         if not self.offset:
-            return Text(self, Sequence(self.pair, chooser, seed), prompt)
+            return Text(self, Sequence(self.pair, chooser, seed), prompt, promised)
         room = self.offset + len(prompt)
         sequence = restore(self.pair, chooser, _snapshot(self.pair, self.caches, self.offset), prompt[0], seed, room)
-        return Text(self, sequence, prompt)
+        return Text(self, sequence, prompt, promised)
 
     def hand_out(self, responses: list[Response]) -> Iterator[Response]:
         """The responses of one round; who stops asking has not been given the others."""
@@ -98,8 +104,10 @@ class Text:
 
     cached = 0  # tokens of the prompt that need not be read
 
-    def __init__(self, cache: PromptCache, sequence: Sequence, prompt: list[int]):
+    def __init__(self, cache: PromptCache, sequence: Sequence, prompt: list[int], promised: int):
         self.sequence, self._cache, self._prompt = sequence, cache, prompt
+        self.promised = promised  # bytes that its sequence may take
+        cache.texts.append(self)
 
     def read(self, step: int, marks: Iterable[int] = ()) -> Iterator[int]:
         """Read the prompt up to its last token, `step` tokens at a time; how many are read, after each chunk."""
@@ -108,21 +116,27 @@ class Text:
             if read:
                 yield self.sequence.length - self._cache.offset
 
-    def _settle(self) -> None:
-        """Let the sequence have read all that somebody has been given, and nothing else."""
+    def _settle(self) -> bool:
+        """Let the sequence have read all that somebody has been given, and nothing else; whether it can."""
         beyond = len(self.sequence.text) - self._cache.offset - len(self._prompt) - self._cache.given
+        if beyond > 0 and self.sequence.committed:
+            return False
         if beyond > 0:  # of the newest round: the token after the last one given stays, as the one that is not read
             self.sequence.keep(self._cache.given_of_round + 1)
         elif beyond == 0:
             for _ in self.sequence.chunks([UNKNOWN], 1):
                 pass
+        return True
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._settle()
-        self._cache.store(self.sequence)
+        try:
+            if self._settle():
+                self._cache.store(self.sequence)
+        finally:
+            self._cache.texts.remove(self)
 
 
 def _check_kinds(pair: Pair, caches: list[Any]) -> None:

@@ -11,7 +11,7 @@ from weakref import ref
 import mlx.core as mx
 
 from mtp_mlx import steps
-from mtp_mlx.cache import MAX_BLOCK, Cache
+from mtp_mlx.cache import MAX_BLOCK, Cache, taken
 from mtp_mlx.choosing import Callables, Choice, Context, Group, Rules, read
 from mtp_mlx.clock import Clock, Times
 from mtp_mlx.copying import Copies
@@ -104,7 +104,7 @@ class Batch:
 
     def release(self, leaving: "list[Sequence]") -> None:
         """Let texts go on by themselves, each in a batch of its own; the others stay."""
-        if len(self._members) == 1:
+        if len(self._members) == 1 or not leaving:
             return
         self.commit()
         apart = [sequence for sequence in self.sequences if sequence in leaving]
@@ -112,16 +112,21 @@ class Batch:
             sequence.batch = self._of([sequence])
         staying = [sequence for sequence in self.sequences if sequence not in leaving]
         if staying:
-            rest = self._of(staying)
-            self._members, self.cache, self.state = rest._members, rest.cache, rest.state
+            rows = self._rows(staying)
+            self.cache.reduce(rows)
+            self._members, self.state = [ref(sequence) for sequence in staying], tuple(taken(list(self.state), rows))
+            mx.eval(self.state)
 
     def _of(self, sequences: "list[Sequence]") -> "Batch":
-        rows = [self.sequences.index(sequence) for sequence in sequences]
-        state = tuple(mx.take(array, mx.array(rows), axis=0) for array in self.state)
+        rows = self._rows(sequences)
+        state = tuple(taken(list(self.state), rows))
         batch = Batch(self.pair, sequences, self.cache.select(rows), state)
         batch.ready = self.ready
         mx.eval(state)
         return batch
+
+    def _rows(self, sequences: "list[Sequence]") -> list[int]:
+        return [self.sequences.index(sequence) for sequence in sequences]
 
     def read(self, chunk: list[int], following: list[int]) -> None:
         """Read a chunk of a prompt, which begins with the newest token of the only text, and keep it.
@@ -176,6 +181,11 @@ class Batch:
         assert block is not None and 0 < n <= block.kept[row], f"the newest round has no token {n}"
         self._block = block._replace(kept=(*block.kept[:row], n, *block.kept[row + 1 :]))
         return block.kept[row] - n
+
+    @property
+    def committed(self) -> bool:
+        """Whether there is no block that `keep` could cut."""
+        return self._block is None
 
     def _groups(self) -> tuple[Group, ...]:
         """The texts by their rules. One that the host has a say in is not chosen for together with others."""
@@ -331,7 +341,7 @@ def _mask(grammar: "GrammarState", drafts: list[int]) -> mx.array | Exception | 
     """Which tokens a grammar allows after each draft; None: all."""
     try:
         mask = grammar.masks(drafts)
-    except RequestError as error:
+    except Exception as error:  # whatever it is, the other texts go on
         return error
     return None if mask is None else mask[0]
 
@@ -435,6 +445,11 @@ class Sequence:
         """Keep what is right of the newest round for good, and let the drafter know."""
         self.batch.commit()
 
+    @property
+    def committed(self) -> bool:
+        """Whether nothing of the newest round can be cut any more."""
+        return self.batch.committed
+
     def recent(self, reach: int) -> list[int]:
         """So many tokens before the newest one; -1 before the text begins."""
         known = self.text[max(0, self.length - reach) : self.length]
@@ -447,7 +462,10 @@ class Sequence:
         if not choice.sound:
             return self._unsound()
         if self.grammar is not None:
-            self.grammar.advance(choice.tokens)
+            try:
+                self.grammar.advance(choice.tokens)
+            except Exception as error:  # whatever it is, the other texts go on
+                return error
         self.text += choice.tokens
         return choice
 

@@ -11,7 +11,7 @@ from mtp_mlx.depth import Depth, choose_depth
 from mtp_mlx.errors import BusyError
 from mtp_mlx.generation import Generation, Progress, Response, Turn, Writing
 from mtp_mlx.rounds import Batch, Round, Sequence, next_round
-from mtp_mlx.types import Pair
+from mtp_mlx.types import Drafter, Pair
 
 SHORT = 2048  # rows; texts of at most so many are written together whatever their lengths
 UNLIKE = 2  # otherwise none may have more than so many times the rows of another
@@ -38,7 +38,7 @@ class Together:
     def __init__(self, pair: Pair, pace: "Pace | None" = None):
         self._pair = pair
         self._pace: Pace = pace or pair.measured.setdefault("pace", Pace())
-        self._policies: dict[tuple[int, int | str], Depth] = pair.measured.setdefault("together", {})
+        self._policies: dict[tuple[int, int | str], tuple[Drafter, Depth]] = pair.measured.setdefault("together", {})
 
     def write(
         self, texts: Several[Callable[[], Generation]], at_once: int
@@ -135,10 +135,10 @@ class Together:
 
     def _policy(self, rows: int, depth: int | str) -> Depth:
         """What is measured of so many texts at a time serves all that come in such a number."""
-        key = rows, depth
-        if key not in self._policies:
-            self._policies[key] = choose_depth(depth, self._pair.drafter.limit)
-        return self._policies[key]
+        drafter, key = self._pair.drafter, (rows, depth)
+        if key not in self._policies or self._policies[key][0] is not drafter:  # a copy of a pair may have another one
+            self._policies[key] = drafter, choose_depth(depth, drafter.limit)
+        return self._policies[key][1]
 
 
 def _fit(writings: list[Writing]) -> bool:
@@ -194,7 +194,7 @@ class Pace:
         if self.since < RETRIAL:
             return pays
         loser = 1 if pays else texts
-        self.rates[loser], self.since = self.rates[loser]._replace(rounds=0), 0
+        self.rates[loser], self.since = _Rate(), 0  # anew: what made it lose may have been a hiccup, or tracing
         return not pays
 
     def observe(self, batch: Batch, results: list[Round | Exception]) -> None:

@@ -1,6 +1,8 @@
 """`batch_generate`: each text is what `stream_generate` writes for its prompt alone."""
 
+import gc
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -12,16 +14,19 @@ from mlx_lm.models.cache import KVCache
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mtp_mlx.batches import Figures, batch_generate
+from mtp_mlx.batches import Figures, _Results, batch_generate
+from mtp_mlx.cache import Cache
 from mtp_mlx.errors import BusyError, RequestError
 from mtp_mlx.generate import stream_generate
 from mtp_mlx.generation import Generation, generation
 from mtp_mlx.loading import load
+from mtp_mlx.ngram import NOBODY
 from mtp_mlx.options import Options
 from mtp_mlx.penalties import Penalties
 from mtp_mlx.prefixes import Prefixes
+from mtp_mlx.prompt_cache import PromptCache, Text
 from mtp_mlx.sampling import Greedy, Sample
-from mtp_mlx.together import Together
+from mtp_mlx.together import Pace, Together
 from mtp_mlx.types import Pair
 
 Loaded = tuple[Pair, TokenizerWrapper]
@@ -93,6 +98,18 @@ def test_texts_end_at_stops_and_others_take_their_place(loaded: Loaded, sizes: l
     assert result.texts == [tokenizer.decode(ids) for ids in result.token_ids]
 
 
+@pytest.mark.parametrize("depth", [0, 2])
+def test_a_batch_that_nobody_joins_or_leaves_is_not_copied(loaded: Loaded, sizes: list[int], depth: int) -> None:
+    """A round costs a copy of nothing, and a drafter that is not asked is told of many rounds at once."""
+    prompts = [varied_tokens(5, seed=row) for row in range(3)]
+    options = Options(40, depth)
+    with mock.patch.object(Cache, "select", autospec=True, side_effect=Cache.select) as select:
+        texts = [partial(generation, *loaded, prompt, options, Prefixes(loaded[0], 0)) for prompt in prompts]
+        list(Together(loaded[0], Pace()).write(texts, 3))
+    together = sum(size > 1 for size in sizes)
+    assert together > 9 and select.call_count < together / 2
+
+
 def test_the_response_is_mlx_lm_s(loaded: Loaded, capsys: pytest.CaptureFixture[str]) -> None:
     prompts = [varied_tokens(5), varied_tokens(9, seed=2)]
     result = batch_generate(*loaded, prompts, max_tokens=6, verbose=True, return_logprobs=True, depth=2)
@@ -127,6 +144,60 @@ def test_prompt_caches_are_gone_on_from_and_returned(loaded: Loaded, sizes: list
         whole = [text + extra for text, extra in zip(read, more, strict=True)]
         assert second.token_ids == [_alone(loaded, text, 10, depth=0) for text in whole]
     assert max(sizes) == 4
+
+
+def test_a_fault_is_told_of_even_where_others_were_in_the_middle_of_a_round(loaded: Loaded, sizes: list[int]) -> None:
+    """What would be left in prompt caches is of no use to anybody then."""
+    calls = 0
+
+    def faulty(tokens: mx.array, logits: mx.array) -> mx.array:
+        nonlocal calls
+        calls += 1
+        if calls == 9:
+            raise ZeroDivisionError("a fault of the caller's")
+        return logits
+
+    prompts = [varied_tokens(9, seed=row + 1) for row in range(4)]
+    processors: Any = [[faulty], None, None, None]
+    pair = replace(loaded[0], measured={})
+    with pytest.raises(ZeroDivisionError):
+        batch_generate(pair, loaded[1], prompts, logits_processors=processors, depth=2, return_prompt_caches=True)
+    assert sizes[-1] > 1
+
+
+def test_a_text_that_has_ended_holds_nothing(loaded: Loaded) -> None:
+    """The log-probabilities of its last round are of a whole batch."""
+    held: dict[int, int] = {}
+    for count in (8, 40):
+        with mock.patch.object(_Results, "response", lambda *_: mx.get_active_memory()):
+            gc.collect()
+            before = mx.get_active_memory()
+            prompts = [varied_tokens(9, seed=row) for row in range(count)]
+            after: Any = batch_generate(*loaded, prompts, max_tokens=6, depth=0, completion_batch_size=8)
+            held[count] = after - before
+    assert held[40] - held[8] < 32 * 320 * 4
+
+
+def test_texts_with_prompt_caches_know_of_each_other_s_memory(loaded: Loaded, sizes: list[int]) -> None:
+    """One for which there is none yet waits until another has ended."""
+    pair, _ = loaded
+    needed = pair.target.kv_bytes(60) + pair.drafter.kv_bytes(60)
+    texts: list[Text] = []
+
+    def free() -> int:
+        return int(1.5 * needed) - sum(text.sequence.nbytes for text in texts)
+
+    def opened(self: PromptCache, *arguments: Any) -> Text:
+        nonlocal texts
+        texts = self.texts
+        return plain(self, *arguments)
+
+    plain = PromptCache.open
+    prompts = [varied_tokens(20, seed=row + 1) for row in range(3)]
+    with mock.patch("mtp_mlx.memory.free_bytes", free), mock.patch.object(PromptCache, "open", opened):
+        pair = replace(pair, measured={})
+        result = batch_generate(pair, loaded[1], prompts, max_tokens=12, return_prompt_caches=True, depth=2)
+    assert result.caches is not None and max(sizes) == 1 and not texts
 
 
 def test_what_does_not_fit_is_refused(loaded: Loaded) -> None:
@@ -180,6 +251,21 @@ def test_what_loses_is_found_out_and_written_in_turn(loaded: Loaded) -> None:
     for _ in range(80):
         pace.add(4, 4, 1.0)
     assert pace.together(4)
+
+
+def test_a_pair_with_another_drafter_is_measured_by_itself(loaded: Loaded) -> None:
+    pair = replace(loaded[0], measured={})
+    assert Together(replace(pair, drafter=NOBODY))._policy(2, "auto") != Together(pair)._policy(2, "auto")
+    assert Together(pair)._policy(2, "auto") is Together(pair)._policy(2, "auto")
+
+
+def test_one_hiccup_does_not_rule_a_way_out_for_long() -> None:
+    """Depths that a batch has not run before are traced, which may take as long as hundreds of rounds."""
+    pace = Pace()
+    for number in range(1400):
+        together = pace.together(4)
+        pace.add(4 if together else 1, 4 if together else 1, 3000.0 if number == 3 else 1.0)
+    assert pace.together(4) and pace.rates[4].pace > 3
 
 
 def test_texts_of_very_different_length_are_not_written_together(loaded: Loaded) -> None:

@@ -1,13 +1,17 @@
 """Several requests share a pair in slices: none gets another's text, a short one does not wait, a reader may leave."""
 
+import gc
+import itertools
 import json
 import re
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
+from unittest import mock
 
 import mlx.core as mx
 import pytest
@@ -30,6 +34,7 @@ from mtp_mlx.options import Options
 from mtp_mlx.penalties import Penalties
 from mtp_mlx.prefixes import Prefixes
 from mtp_mlx.programs import Programs
+from mtp_mlx.rounds import Sequence
 from mtp_mlx.sampling import Sample
 from mtp_mlx.store import Store
 from mtp_mlx.types import Pair
@@ -145,6 +150,17 @@ def test_a_slow_reader_rests_its_own_request_only(engine: Engine, monkeypatch: p
     assert len(tokens_of(quick)) == 40
     assert slow._job.events.qsize() <= 8 + module.ROUNDS
     assert len(tokens_of(slow)) == 200
+
+
+def test_a_reader_that_catches_up_while_its_company_is_gathered_does_no_harm(
+    loaded: Loaded, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether a request rests may change at any moment, on the reader's thread."""
+    answers = itertools.cycle([True, False, False])
+    monkeypatch.setattr(module._Job, "rests", property(lambda job: next(answers)))
+    requests = [Request(varied_tokens(9, seed=row), Options(30, 2, seed=row)) for row in range(4)]
+    streams = [engine.stream(request) for request in requests]
+    assert [tokens_of(stream) for stream in streams] == [ids(alone(loaded, request)) for request in requests]
 
 
 def test_a_stop_text_ends_the_output_wherever_it_begins(loaded: Loaded, engine: Engine) -> None:
@@ -337,6 +353,43 @@ def test_faults_around_a_request_do_not_end_the_engine(loaded: Loaded, engine: E
     heard.watch(complain)
     assert len(tokens_of(heard)) == 5
     assert len(tokens_of(engine.stream(asked))) == 5
+
+
+def test_who_has_left_or_failed_holds_no_buffers(loaded: Loaded, engine: Engine) -> None:
+    """At once, without the garbage collector, and even where the stream is kept; nor do those who were beside him."""
+
+    def faulty(tokens: mx.array, logits: mx.array) -> mx.array:
+        if tokens.size > 40:
+            raise ZeroDivisionError
+        return logits
+
+    begun = weakref.WeakSet[Sequence]()
+
+    def opened(self: Prefixes, *arguments: Any) -> Any:
+        text = plain(self, *arguments)
+        begun.add(text.sequence)
+        return text
+
+    plain = Prefixes.open
+    gc.collect()
+    gc.disable()
+    try:
+        # pytest keeps what is logged, frames included.
+        with mock.patch.object(Prefixes, "open", opened), mock.patch.object(module._log, "exception"):
+            left, failed, beside = (
+                engine.stream(Request(varied_tokens(20, seed=row), Options(tokens, 2, logits_processors=processors)))
+                for row, (tokens, processors) in enumerate([(900, None), (900, [faulty]), (60, None)])
+            )
+            with pytest.raises(ZeroDivisionError) as error:
+                list(failed)
+            left.close()
+            tokens_of(beside)
+            end = time.monotonic() + 10
+            while begun and time.monotonic() < end:
+                time.sleep(0.01)
+    finally:
+        gc.enable()
+    assert not begun and error.value
 
 
 def test_nobody_waits_for_an_engine_that_has_ended(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -119,6 +119,7 @@ ALLOWED = {
         "penalties",
         "prefixes",
         "sampling",
+        "stats",
         "together",
         "types",
     },

@@ -1,6 +1,9 @@
 """Many texts in one batch: each is what it would be alone, whoever comes and goes beside it."""
 
+import gc
 from functools import cache
+from typing import Any
+from unittest import mock
 
 import mlx.core as mx
 import pytest
@@ -214,6 +217,41 @@ def test_rows_of_different_capacity_meet(variant: str) -> None:
     for sequence, prompt in zip(batch.sequences, prompts, strict=True):
         written = sequence.text[len(prompt) :]
         assert written == plain(target, prompt, len(written))
+
+
+@pytest.mark.parametrize("fault", ["masks", "advance"])
+def test_a_grammar_that_fails_leaves_the_others_alone(fault: str) -> None:
+    target, drafter = tiny_pair("qwen3_5_tied")
+    prompts = [varied_tokens(length, seed=length) for length in LENGTHS[:3]]
+    texts = [_begun(open_sequence(target, drafter, Greedy()), prompt) for prompt in prompts]
+    batch = _joined(texts)
+    grammar = mock.Mock(free=False, **{"masks.return_value": None, f"{fault}.side_effect": ZeroDivisionError})
+    texts[1].grammar = grammar
+    results = batch.round(2)
+    assert isinstance(results[1], ZeroDivisionError)
+    batch.release([texts[1]])
+    for _ in range(3):
+        _sound(batch.round(2))
+    for sequence, prompt in ((texts[0], prompts[0]), (texts[2], prompts[2])):
+        written = sequence.text[len(prompt) :]
+        assert written == plain(target, prompt, len(written))
+
+
+def test_a_text_that_leaves_does_not_double_the_memory_of_those_who_stay() -> None:
+    target, drafter = tiny_pair("gemma4_keqv")
+    texts = [_begun(open_sequence(target, drafter, Greedy()), varied_tokens(300, seed=row)) for row in range(8)]
+    batch = _joined(texts)
+    batch.commit()
+    gc.collect()
+    held, largest = batch.cache.nbytes, max(_nbytes(layer.arrays()) for layer in batch.cache.layers)
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    batch.release(texts[:1])
+    assert mx.get_peak_memory() - before < held / 8 + 1.2 * largest
+
+
+def _nbytes(arrays: list[Any]) -> int:
+    return sum(array.nbytes for array in arrays)
 
 
 @pytest.mark.parametrize("variant", ["gemma4_keqv", "qwen3_5_dense"])
