@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
@@ -54,7 +55,10 @@ def batch_generate(
     sampler: AnySampler | Sequence[AnySampler | None] | None = None,
     logits_processors: Sequence[Processor] | Sequence[Sequence[Processor]] | None = None,
     completion_batch_size: int = AT_ONCE,
+    prefill_batch_size: int = 1,
     prefill_step_size: int = DEFAULT_PREFILL_STEP,
+    max_kv_size: int | None = None,
+    stream: Any = None,
     depth: int | str = "auto",
     penalties: Penalties | Sequence[Penalties | None] | None = None,
     seed: int | Sequence[int] | None = None,
@@ -70,14 +74,19 @@ def batch_generate(
     `stream_generate` gives for its prompt alone: texts share a batch where that is measured to be faster, each keeps as
     many drafts as are right for it, and one that ends makes room for the next.
 
+    `stream` is where MLX computes. Prompts are read one after the other, whatever `prefill_batch_size`; `max_kv_size`
+    is refused, as nothing of a text can be forgotten without changing what comes.
+
     The response is mlx-lm's, its `stats` also say how many tokens were drafted and accepted. Raises RequestError for a
     list of another length than `prompts` and for what `stream_generate` refuses.
     """
     pair = pair_of(model)
     if pair.agreed.size > 1:
         raise RequestError("batches run on one machine, and this pair runs on several; use stream_generate")
-    if completion_batch_size < 1:
-        raise RequestError(f"completion_batch_size is {completion_batch_size}; give at least 1")
+    if min(completion_batch_size, prefill_batch_size) < 1:
+        raise RequestError(f"batch sizes are {completion_batch_size} and {prefill_batch_size}; give at least 1")
+    if max_kv_size is not None:
+        raise RequestError(f"max_kv_size is {max_kv_size}; leave it out, and ask for fewer max_tokens if need be")
     count = len(prompts)
     seeds = list(range(seed, seed + count)) if isinstance(seed, int) else _each(seed, count, "seed")
     rows = zip(
@@ -100,7 +109,7 @@ def batch_generate(
         for number, (prompt, own) in enumerate(zip(prompts, options, strict=True))
     ]
     results = _Results(count, verbose, return_logprobs)
-    with wired():
+    with wired(), mx.stream(stream) if stream is not None else nullcontext():
         for number, event in Together(running).write(texts, completion_batch_size):
             if isinstance(event, list) and caches:
                 results.add(number, list(caches[number].hand_out(event)))
@@ -128,8 +137,11 @@ def _each(given: Any, count: int, name: str) -> list[Any]:
 
 
 def _processors(given: Sequence[Any] | None, count: int) -> list[list[Processor] | None]:
-    if given and all(isinstance(one, list | tuple) or one is None for one in given):
+    of_texts = [isinstance(one, list | tuple) or one is None for one in given or ()]
+    if given and all(of_texts):
         return _each(list(given), count, "logits_processors")
+    if any(of_texts):
+        raise RequestError("logits_processors are callables for all prompts, or a list of callables for each; not both")
     return [list(given) if given else None] * count
 
 

@@ -356,9 +356,9 @@ class _Job:
                 return self._slice(turn)
             self.writing = None
             self._source.close()
-        except BusyError:
-            raise
         except MTPError as error:
+            if isinstance(error, BusyError) and turn is None:
+                raise
             self.fail(error)
         except Exception as error:  # whatever it is, other requests go on
             _log.exception("a fault while serving a request")

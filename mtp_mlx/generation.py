@@ -85,6 +85,11 @@ class Writing:
     def finished(self) -> bool:
         return self._emitter.finished
 
+    @property
+    def solitary(self) -> bool:
+        """Whether it has to be written alone: a seeded text that depends on its drafts, and so on its depths."""
+        return self.options.seed is not None and isinstance(self.options.drafts, Sample)
+
     def round(self) -> "Turn":
         """A round of the text alone."""
         (result,) = next_round(self.sequence.batch, self._policy, self.left, [self.copies])

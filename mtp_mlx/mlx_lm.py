@@ -65,10 +65,8 @@ class Inside:
                 f"\nmtp-mlx: {stats.accepted} of {stats.drafted} drafts kept, in {stats.rounds} rounds", file=sys.stderr
             )
 
-    def batch_generate(
-        self, model: Model, tokenizer: Any, prompts: list[list[int]], prefill_batch_size: int = 1, **options: Any
-    ) -> BatchResponse:
-        """Texts written together, with drafts. Their prompts are read one after the other, whatever the batch size."""
+    def batch_generate(self, model: Model, tokenizer: Any, prompts: list[list[int]], **options: Any) -> BatchResponse:
+        """Texts written together, with drafts."""
         seed = draw_seed() if self.seeded else None
         return batch_generate(model, tokenizer, prompts, depth=self.depth, seed=seed, **options)
 

@@ -18,6 +18,7 @@ UNLIKE = 2  # otherwise none may have more than so many times the rows of anothe
 WARM_UP = 2  # rounds of a batch that are not timed: they are being traced
 TRIAL = 32  # rounds after which a way to write is judged
 RETRIAL = 512  # rounds of one way after which the other one is tried again
+SLOW = 3.0  # times the usual round: what took longer counts as so much
 FADE = 0.98  # weight of what was measured, one round later
 
 
@@ -48,9 +49,10 @@ class Together:
         One for which there is no memory yet begins when another has ended. Raises what goes wrong in any of them.
         """
         waiting, live = deque(enumerate(texts)), dict[int, _Live]()
+        full = 0  # how many were alive when one found no memory
         try:
             while waiting or live:
-                while waiting and len(live) < at_once:
+                while waiting and len(live) < min(at_once, full or at_once):
                     number, begin = waiting[0]
                     live[number] = _Live(begin())
                     try:
@@ -59,8 +61,10 @@ class Together:
                         del live[number]
                         if not live:
                             raise
+                        full = len(live)
                         break
                     waiting.popleft()
+                    full = 0
                 writings = [text.writing for text in live.values() if text.writing]
                 if writings:
                     yield from self._round(live, self.company(writings))
@@ -148,7 +152,7 @@ def _fit(writings: list[Writing]) -> bool:
     """
     sequences = [writing.sequence for writing in writings]
     kinds = {(id(writing.sequence.pair.drafter), writing.options.depth) for writing in writings}
-    if len(kinds) > 1 or not all(sequence.ready for sequence in sequences):
+    if len(kinds) > 1 or any(writing.solitary or not writing.sequence.ready for writing in writings):
         return False
     rows = [sequence.batch.cache.capacity for sequence in sequences]
     if len(set(rows)) == 1:
@@ -164,10 +168,15 @@ class _Rate(NamedTuple):
 
     tokens: float = 0.0
     seconds: float = 0.0
+    weight: float = 0.0
     rounds: int = 0
 
     def add(self, tokens: int, seconds: float) -> "_Rate":
-        return _Rate(FADE * self.tokens + tokens, FADE * self.seconds + seconds, self.rounds + 1)
+        if self.rounds >= WARM_UP:  # a depth that is traced for the first time says nothing of those to come
+            seconds = min(seconds, SLOW * self.seconds / self.weight)
+        return _Rate(
+            FADE * self.tokens + tokens, FADE * self.seconds + seconds, FADE * self.weight + 1, self.rounds + 1
+        )
 
     @property
     def known(self) -> bool:

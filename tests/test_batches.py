@@ -18,7 +18,7 @@ from mtp_mlx.batches import Figures, _Results, batch_generate
 from mtp_mlx.cache import Cache
 from mtp_mlx.errors import BusyError, RequestError
 from mtp_mlx.generate import stream_generate
-from mtp_mlx.generation import Generation, generation
+from mtp_mlx.generation import Generation, Writing, generation
 from mtp_mlx.loading import load
 from mtp_mlx.ngram import NOBODY
 from mtp_mlx.options import Options
@@ -81,6 +81,18 @@ def test_every_text_has_its_own_sampler_seed_and_penalties(loaded: Loaded, sizes
     for row, prompt in enumerate(prompts):
         own = {"sampler": samplers[row], "penalties": penalties[row], "logits_processors": processors[row]}
         assert result.token_ids[row] == _alone(loaded, prompt, 20, seed=7 + row, depth=depth, **own)
+
+
+def test_a_seeded_text_that_depends_on_its_drafts_is_written_alone(loaded: Loaded, sizes: list[int]) -> None:
+    """In a batch its depths would follow a clock, and with them the text."""
+    prompts = [varied_tokens(length, seed=length) for length in (5, 9)]
+    writings = [
+        mock.Mock(options=Options(seed=seed, drafts=drafts), solitary=None)
+        for seed, drafts in ((1, Sample(0.9)), (1, "coupled"), (None, Sample(0.9)))
+    ]
+    assert [Writing.solitary.fget(writing) for writing in writings] == [True, False, False]  # type: ignore[attr-defined]
+    batch_generate(*loaded, prompts, max_tokens=5, sampler=Sample(0.9), seed=[1, 2], depth=2)
+    assert max(sizes) == 2
 
 
 def test_texts_end_at_stops_and_others_take_their_place(loaded: Loaded, sizes: list[int]) -> None:
@@ -206,6 +218,9 @@ def test_what_does_not_fit_is_refused(loaded: Loaded) -> None:
         ({"seed": [1, 2, 3]}, "seed has 3 entries"),
         ({"sampler": [None]}, "sampler has 1"),
         ({"completion_batch_size": 0}, "at least 1"),
+        ({"prefill_batch_size": 0}, "at least 1"),
+        ({"max_kv_size": 64}, "max_kv_size is 64; leave it out"),
+        ({"logits_processors": [[], len]}, "not both"),
         ({"prompt_caches": [[]]}, "prompt_caches has 1 entries"),
         ({"prompt_caches": [[], []]}, "the prompt cache has 0 entries"),
         ({"max_tokens": 0}, "max tokens is 0"),
@@ -273,6 +288,7 @@ def test_texts_of_very_different_length_are_not_written_together(loaded: Loaded)
     writings: list[Any] = [
         SimpleNamespace(
             options=Options(depth=3),
+            solitary=False,
             sequence=SimpleNamespace(
                 pair=loaded[0],
                 ready=True,
