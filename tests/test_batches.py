@@ -86,11 +86,10 @@ def test_every_text_has_its_own_sampler_seed_and_penalties(loaded: Loaded, sizes
 def test_a_seeded_text_that_depends_on_its_drafts_is_written_alone(loaded: Loaded, sizes: list[int]) -> None:
     """In a batch its depths would follow a clock, and with them the text."""
     prompts = [varied_tokens(length, seed=length) for length in (5, 9)]
-    writings = [
-        mock.Mock(options=Options(seed=seed, drafts=drafts), solitary=None)
-        for seed, drafts in ((1, Sample(0.9)), (1, "coupled"), (None, Sample(0.9)))
-    ]
-    assert [Writing.solitary.fget(writing) for writing in writings] == [True, False, False]  # type: ignore[attr-defined]
+    absent: Any = None
+    cases = [Options(seed=1, drafts=Sample(0.9)), Options(seed=1, drafts="coupled"), Options(drafts=Sample(0.9))]
+    writings = [Writing(absent, absent, absent, absent, options, absent) for options in cases]
+    assert [writing.solitary for writing in writings] == [True, False, False]
     batch_generate(*loaded, prompts, max_tokens=5, sampler=Sample(0.9), seed=[1, 2], depth=2)
     assert max(sizes) == 2
 
@@ -303,7 +302,9 @@ def test_texts_of_very_different_length_are_not_written_together(loaded: Loaded)
     assert together.company([longest, short, middle, long]) == [longest, long]
     long.sequence.ready = False
     assert together.company([longest, long]) == [longest], "a drafter that has not been told cannot draft"
-    other.options = Options(depth=2)
+    other.solitary = True
+    assert together.company([short, other]) == [short]
+    other.solitary, other.options = False, Options(depth=2)
     assert together.company([short, other]) == [short]
     with mock.patch("mtp_mlx.memory.free_bytes", lambda: 3000):
         assert together.company([middle, long]) == [middle] and together.company([longest, middle]) == [longest]
