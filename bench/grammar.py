@@ -27,7 +27,7 @@ from mtp_mlx.cli.options import DTYPES
 from mtp_mlx.dialects import PLAIN
 from mtp_mlx.generation import DEFAULT_PREFILL_STEP, encode
 from mtp_mlx.grammar import Grammar, Guide
-from mtp_mlx.rounds import Sequence
+from mtp_mlx.sequence import Sequence
 
 TEXT = "def split(words):\n    found = []\n    for word in words:\n"
 ADDRESS = {

@@ -15,7 +15,7 @@ import report
 import mtp_mlx
 from mtp_mlx.generation import encode
 from mtp_mlx.ngram import NOBODY
-from mtp_mlx.rounds import Sequence
+from mtp_mlx.sequence import Sequence
 from mtp_mlx.types import Pair
 
 TEXT = Path(__file__).read_text()

@@ -28,7 +28,7 @@ from mtp_mlx.cli.options import DTYPES
 from mtp_mlx.generation import DEFAULT_PREFILL_STEP, encode
 from mtp_mlx.ngram import NOBODY
 from mtp_mlx.programs import Programs
-from mtp_mlx.rounds import Sequence
+from mtp_mlx.sequence import Sequence
 
 TEXT = Path(__file__).read_text()
 
@@ -98,7 +98,7 @@ def profile(pair: mtp_mlx.Pair, prompt: list[int], depths: list[int], most_rows:
     }
 
 
-PHASES = {1: "host", 2: "commit", 3: "draft", 4: "verify"}  # in the order of `mtp_mlx.rounds.Times`
+PHASES = {1: "host", 2: "commit", 3: "draft", 4: "verify"}  # in the order of `mtp_mlx.clock.Times`
 
 
 def seconds(call: Callable[[], object]) -> float:

@@ -30,7 +30,7 @@ def ours(target: str, drafter: str, dtype: str) -> Engine:
     import mtp_mlx
     from mtp_mlx.choosing import Rules
     from mtp_mlx.ngram import NOBODY
-    from mtp_mlx.rounds import Sequence
+    from mtp_mlx.sequence import Sequence
 
     loaded, tokenizer = mtp_mlx.load(target, drafter=drafter, dtype=DTYPES[dtype])
     pair = loaded.pair

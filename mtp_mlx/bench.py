@@ -32,8 +32,8 @@ from mtp_mlx.generation import Response, encode
 from mtp_mlx.ngram import NOBODY
 from mtp_mlx.options import DEFAULT_PREFILL_STEP
 from mtp_mlx.programs import compiles
-from mtp_mlx.rounds import Sequence
 from mtp_mlx.sampling import choose_sampler
+from mtp_mlx.sequence import Sequence
 from mtp_mlx.stats import Stats
 from mtp_mlx.types import Pair, Target
 

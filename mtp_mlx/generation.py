@@ -15,6 +15,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import maybe_set_recommended_wired_limit
 
 from mtp_mlx.admission import Admission, admit
+from mtp_mlx.batch import Round
 from mtp_mlx.choosing import Callables, Drafts, Rules
 from mtp_mlx.copying import Copies
 from mtp_mlx.depth import Depth, choose_depth
@@ -26,8 +27,9 @@ from mtp_mlx.prefixes import Prefixes
 from mtp_mlx.programs import compiles
 from mtp_mlx.prompt_cache import PromptCache
 from mtp_mlx.prompts import check_text, lacks_special
-from mtp_mlx.rounds import Round, Sequence, next_round
+from mtp_mlx.rounds import next_round
 from mtp_mlx.sampling import Greedy, Sample, Sampler, check_seed
+from mtp_mlx.sequence import Sequence
 from mtp_mlx.stats import Memory, Stats
 from mtp_mlx.types import Drafter, Pair
 

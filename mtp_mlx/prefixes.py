@@ -16,7 +16,7 @@ from typing import NamedTuple, Self
 from mtp_mlx import memory
 from mtp_mlx.admission import Claims
 from mtp_mlx.choosing import Callables, Rules
-from mtp_mlx.rounds import Sequence
+from mtp_mlx.sequence import Sequence
 from mtp_mlx.snapshots import Snapshot, blank, outline, restore
 from mtp_mlx.store import Store
 from mtp_mlx.trie import Trie

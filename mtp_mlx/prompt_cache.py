@@ -18,7 +18,7 @@ from mtp_mlx.cache import FullCache, QuantisedCache, RecurrentCache, SlidingCach
 from mtp_mlx.choosing import Callables, Rules
 from mtp_mlx.draft_model import Aside
 from mtp_mlx.errors import RequestError
-from mtp_mlx.rounds import Sequence
+from mtp_mlx.sequence import Sequence
 from mtp_mlx.snapshots import Part, Snapshot, blank, restore, take
 from mtp_mlx.stock import empty
 from mtp_mlx.types import Held, LayerCache, Pair, Target

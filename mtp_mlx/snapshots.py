@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten, tree_map
 
 from mtp_mlx.cache import MAX_BLOCK
 from mtp_mlx.choosing import Callables, Rules
-from mtp_mlx.rounds import Sequence
+from mtp_mlx.sequence import Sequence
 from mtp_mlx.types import Held, Pair, Span, State
 
 # The last rows of a text may be written once more by whoever goes on: Qwen's head pairs a token with the one after it,

@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from mtp_mlx.batch import Round
 from mtp_mlx.depth import Depth
-from mtp_mlx.rounds import Round
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from mtp_mlx import memory
+from mtp_mlx.batch import Batch, Round
 from mtp_mlx.depth import Depth, choose_depth
 from mtp_mlx.errors import BusyError
 from mtp_mlx.generation import Generation, Progress, Response, Turn, Writing
-from mtp_mlx.rounds import Batch, Round, Sequence, next_round
+from mtp_mlx.rounds import next_round
+from mtp_mlx.sequence import Sequence
 from mtp_mlx.types import Drafter, Pair
 
 SHORT = 2048  # rows; texts of at most so many are written together whatever their lengths

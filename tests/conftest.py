@@ -36,6 +36,7 @@ from loopback import hub as hub  # a fixture
 from mlx_lm.sample_utils import make_logits_processors
 
 from mtp_mlx.accept import normalise
+from mtp_mlx.batch import Batch
 from mtp_mlx.cache import MAX_BLOCK, Cache
 from mtp_mlx.choosing import Drafts, Rules
 from mtp_mlx.cli.main import main
@@ -46,8 +47,8 @@ from mtp_mlx.models.qwen3_5 import Model as Qwen
 from mtp_mlx.models.qwen3_5_mtp import Head
 from mtp_mlx.penalties import Penalties
 from mtp_mlx.programs import Programs, compiles
-from mtp_mlx.rounds import Batch, Sequence
 from mtp_mlx.sampling import Greedy, Sampler
+from mtp_mlx.sequence import Sequence
 from mtp_mlx.types import Drafter, Output, Pair, Pick, PlainRows, Span, State, Target, Visible
 
 # For a program in a process of its own, which would compile for a minute where the kernels are not there yet.

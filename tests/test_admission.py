@@ -11,7 +11,8 @@ from mtp_mlx.depth import Fixed
 from mtp_mlx.errors import BusyError, RequestError
 from mtp_mlx.generate import stream_generate
 from mtp_mlx.loading import load
-from mtp_mlx.rounds import Sequence, rounds
+from mtp_mlx.rounds import rounds
+from mtp_mlx.sequence import Sequence
 from mtp_mlx.types import Pair
 
 PAIRS = ["gemma4_ple", "gemma4_keqv", "qwen3_5_tied"]

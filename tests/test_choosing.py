@@ -31,8 +31,9 @@ from mtp_mlx.copying import Copies
 from mtp_mlx.depth import Fixed, choose_depth
 from mtp_mlx.ngram import NoDrafter
 from mtp_mlx.penalties import Penalties
-from mtp_mlx.rounds import Sequence, rounds
+from mtp_mlx.rounds import rounds
 from mtp_mlx.sampling import Greedy, Sample, Sampler
+from mtp_mlx.sequence import Sequence
 from mtp_mlx.types import Drafter, Pair, Target
 
 FAMILIES = ["gemma4_keqv", "qwen3_5_tied"]

@@ -19,9 +19,10 @@ from conftest import (
 from test_rounds import EXACT
 
 from mtp_mlx.accept import normalise
+from mtp_mlx.batch import UNTOLD, Round
 from mtp_mlx.cache import MAX_BLOCK
 from mtp_mlx.draft_model import DraftModel
-from mtp_mlx.rounds import UNTOLD, Round, Sequence
+from mtp_mlx.sequence import Sequence
 from mtp_mlx.types import Target
 
 FAMILIES = ["gemma4_ple", "gemma4_keqv", "qwen3_5_tied", "qwen3_5_moe"]

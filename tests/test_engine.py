@@ -34,8 +34,8 @@ from mtp_mlx.options import Options
 from mtp_mlx.penalties import Penalties
 from mtp_mlx.prefixes import Prefixes
 from mtp_mlx.programs import Programs
-from mtp_mlx.rounds import Sequence
 from mtp_mlx.sampling import Sample
+from mtp_mlx.sequence import Sequence
 from mtp_mlx.store import Store
 from mtp_mlx.types import Pair
 

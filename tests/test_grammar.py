@@ -18,6 +18,7 @@ from test_rounds import EXACT
 
 from mtp_mlx import grammar as module
 from mtp_mlx.accept import normalise
+from mtp_mlx.batch import Round
 from mtp_mlx.choosing import Callables, Rules, masked
 from mtp_mlx.dialects import PLAIN, Dialect
 from mtp_mlx.errors import RequestError
@@ -25,8 +26,8 @@ from mtp_mlx.grammar import Grammar, GrammarState, Guide
 from mtp_mlx.marks import Mark, Marker
 from mtp_mlx.ngram import NoDrafter
 from mtp_mlx.penalties import Penalties
-from mtp_mlx.rounds import Round, Sequence
 from mtp_mlx.sampling import Greedy, Sample
+from mtp_mlx.sequence import Sequence
 from mtp_mlx.types import Drafter, Pair
 
 FAMILIES = ["gemma4_keqv", "qwen3_5_tied"]

@@ -14,8 +14,8 @@ from mtp_mlx.cache import MAX_BLOCK
 from mtp_mlx.choosing import Rules
 from mtp_mlx.loading import load
 from mtp_mlx.memory import Recurrence, Rows, Traffic, Weights, kv_bytes, kv_read
-from mtp_mlx.rounds import Sequence
 from mtp_mlx.sampling import Greedy
+from mtp_mlx.sequence import Sequence
 from mtp_mlx.types import Pair
 
 

@@ -16,7 +16,7 @@ from mtp_mlx.choosing import Rules
 from mtp_mlx.models.gemma4 import Model as Gemma4
 from mtp_mlx.ngram import NOBODY
 from mtp_mlx.prefixes import NEAR, WAYPOINTS, Prefixes, Text
-from mtp_mlx.rounds import Sequence
+from mtp_mlx.sequence import Sequence
 from mtp_mlx.types import Pair
 
 PLENTY = 2**30

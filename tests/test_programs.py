@@ -18,11 +18,12 @@ from conftest import (
 )
 from test_rounds import EXACT
 
+from mtp_mlx.batch import Round
 from mtp_mlx.cache import Cache, FullCache, RecurrentCache, SlidingCache
 from mtp_mlx.choosing import Drafts, Rules
 from mtp_mlx.programs import Programs, compiles
-from mtp_mlx.rounds import Round, Sequence
 from mtp_mlx.sampling import Greedy, Sample
+from mtp_mlx.sequence import Sequence
 from mtp_mlx.types import Output, Pair, Pick, Span, State
 
 

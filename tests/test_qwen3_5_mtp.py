@@ -39,7 +39,7 @@ from mtp_mlx.models import qwen3_5_mtp
 from mtp_mlx.models.qwen3_5 import Model
 from mtp_mlx.models.qwen3_5_mtp import Convention, Head, Network, convention, exceptions, own_tensors, sanitize
 from mtp_mlx.ngram import NoDrafter
-from mtp_mlx.rounds import Sequence
+from mtp_mlx.sequence import Sequence
 from mtp_mlx.types import Pick, Span, State
 
 Tensors = dict[str, mx.array]

@@ -402,7 +402,7 @@ def test_a_drafter_that_was_not_asked_for_long_knows_the_text_when_it_is(
     variant: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Plain rounds and copies do not tell it of anything; before it drafts again it catches up at once."""
-    monkeypatch.setattr("mtp_mlx.rounds.UNTOLD", 20)  # test_draft_model.py waits for as long as it is
+    monkeypatch.setattr("mtp_mlx.batch.UNTOLD", 20)  # test_draft_model.py waits for as long as it is
     target, drafter = tiny_pair(variant)
     text = varied_tokens(100)
     forced = Forced(mx.array(text + [0] * 40))

@@ -32,8 +32,9 @@ from mtp_mlx.grammar import GrammarState
 from mtp_mlx.loading import load
 from mtp_mlx.models import gemma4, qwen3_5
 from mtp_mlx.models.parts import Part
-from mtp_mlx.rounds import Sequence, rounds
+from mtp_mlx.rounds import rounds
 from mtp_mlx.sampling import Greedy, Sample
+from mtp_mlx.sequence import Sequence
 from mtp_mlx.sharding import Unread, share
 from mtp_mlx.types import Pair, Span
 

@@ -26,7 +26,7 @@ from mtp_mlx.cache import FullCache, SlidingCache
 from mtp_mlx.choosing import Rules
 from mtp_mlx.draft_model import DraftModel
 from mtp_mlx.ngram import NOBODY
-from mtp_mlx.rounds import Sequence
+from mtp_mlx.sequence import Sequence
 from mtp_mlx.snapshots import OVERLAP, Snapshot, restore, take
 from mtp_mlx.types import Drafter, Pair, Target
 

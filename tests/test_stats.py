@@ -3,9 +3,9 @@
 import mlx.core as mx
 import pytest
 
+from mtp_mlx.batch import Round
 from mtp_mlx.clock import Times
 from mtp_mlx.depth import Fixed
-from mtp_mlx.rounds import Round
 from mtp_mlx.stats import Memory, Stats
 
 ROW = mx.zeros((1, 1))

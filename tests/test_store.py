@@ -29,8 +29,8 @@ from mtp_mlx import manifest, sealing, store
 from mtp_mlx.choosing import Rules
 from mtp_mlx.loading import load_pair
 from mtp_mlx.prefixes import Prefixes
-from mtp_mlx.rounds import Sequence
 from mtp_mlx.sealing import RECORD, TEMPORARY, TENSORS, write_record, write_tensors
+from mtp_mlx.sequence import Sequence
 from mtp_mlx.snapshots import Part, Snapshot, blank, take
 from mtp_mlx.store import Store, identity
 from mtp_mlx.types import Pair

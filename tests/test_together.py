@@ -22,10 +22,11 @@ from conftest import (
     varied_tokens,
 )
 
+from mtp_mlx.batch import Batch, Round
 from mtp_mlx.choosing import Callables, Rules
 from mtp_mlx.penalties import Penalties
-from mtp_mlx.rounds import Batch, Round, Sequence
 from mtp_mlx.sampling import Greedy, Sample
+from mtp_mlx.sequence import Sequence
 from mtp_mlx.types import Pair
 
 KINDS = [*VARIANTS, "qwen3_5_tied", "qwen3_5_moe"]
