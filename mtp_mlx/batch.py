@@ -82,7 +82,7 @@ class Batch:
         """The texts, in the order of their rows. Whoever began one has to keep it or have it leave."""
         alive = [member() for member in self._members]
         assert None not in alive, "a text has been dropped in the middle of a batch"
-        return cast(list[Sequence], alive)
+        return cast("list[Sequence]", alive)
 
     def join(self, other: "Batch") -> None:
         """Take in the texts of another batch, which is used up. The drafter has been told of both, see `ready`."""
