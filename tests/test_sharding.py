@@ -356,13 +356,16 @@ def test_processes_write_what_one_writes_and_end_when_one_hangs(tmp_path: Path) 
 
 @pytest.mark.xdist_group("machines")
 def test_four_processes_write_what_one_writes_and_notice_strangers(tmp_path: Path) -> None:
-    processes = start(4, tmp_path, MACHINE, "3", "compare", str(FIXTURES / "qwen3_5_moe"))
+    folders = [FIXTURES / "qwen3_5_moe", quantised(tmp_path / "pair")]
+    processes = start(4, tmp_path, MACHINE, "3", "compare", *map(str, folders))
     told = [json.loads(out) for out, _ in ended(processes)]
     assert [process.returncode for process in processes] == [0] * 4
-    assert all(each[0]["texts"] == told[0][0]["texts"] for each in told)
-    assert told[0][0]["texts"][:-1] == alone(FIXTURES / "qwen3_5_moe", 3)
-    assert sum(each[0]["held"] for each in told) > told[0][0]["whole"] > max(each[0]["held"] for each in told)
-    assert all("rank 3 has loaded something else than rank 0; give all 4 machines" in each[1] for each in told)
+    for number, folder in enumerate(folders):
+        pairs = [each[number] for each in told]
+        assert all(pair["texts"] == pairs[0]["texts"] for pair in pairs)
+        assert pairs[0]["texts"][:-1] == alone(folder, 3)
+        assert sum(pair["held"] for pair in pairs) > pairs[0]["whole"] > max(pair["held"] for pair in pairs)
+    assert all("rank 3 has loaded something else than rank 0; give all 4 machines" in each[-1] for each in told)
 
 
 @pytest.mark.xdist_group("machines")
