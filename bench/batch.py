@@ -21,6 +21,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 import mtp_mlx
 from mtp_mlx.cli.options import DTYPES
 from mtp_mlx.generation import Generation, Progress, Writing, encode, generation, wired
+from mtp_mlx.model import pair_of
 from mtp_mlx.options import Options
 from mtp_mlx.prefixes import Prefixes
 from mtp_mlx.sampling import Sample
@@ -58,7 +59,7 @@ class Figures(NamedTuple):
 def main() -> None:
     options = _options()
     model, tokenizer = mtp_mlx.load(options.model, drafter=options.drafter, dtype=DTYPES[options.dtype])
-    pair = _pair(model)
+    pair = pair_of(model)
     prompts = [encode(tokenizer, entry["text"]) for entry in report.prompts(report.HELDOUT, max(options.rows))]
     arms = [
         Arm(rows, together, depth)
@@ -80,10 +81,6 @@ def main() -> None:
         name: vars(options)[name] for name in ("model", "drafter", "dtype", "depth", "tokens", "temp", "repeats")
     }
     report.write({"settings": settings, "rows": rows}, options.out)
-
-
-def _pair(model: Any) -> Pair:
-    return model if isinstance(model, Pair) else model.pair
 
 
 def _row(rows: int, depth: int | str, tps: dict[Arm, float], found: dict[Arm, list[Figures]]) -> dict[str, Any]:

@@ -125,6 +125,10 @@ class Checkpoint:
         """
         self.lay(model, sanitize, dtype, exact)
         self._check_experts(model)
+        self._read(model)
+
+    def _read(self, model: nn.Module) -> None:
+        """Have a model's weights in memory."""
         mx.eval(model.parameters())
 
     def lay(

@@ -54,9 +54,13 @@ class Loaded:
     held: Held | None = None  # what this machine holds of the target, where several do
 
 
+def _gemma4(checkpoint: Checkpoint) -> gemma4.Model:
+    return _built(lambda config: gemma4.Model(gemma4.TextConfig.from_dict(config)), checkpoint)
+
+
 def _gemma4_target(checkpoint: Checkpoint, dtype: mx.Dtype | None) -> gemma4.Model:
     checkpoint.check_sizes()
-    model = _built(lambda config: gemma4.Model(gemma4.TextConfig.from_dict(config)), checkpoint)
+    model = _gemma4(checkpoint)
     checkpoint.fill(model, model.sanitize, dtype)
     return model
 
@@ -87,9 +91,13 @@ def _refuse_mismatch(assistant: gemma4_assistant.Config, target: gemma4.TextConf
         )
 
 
+def _qwen(checkpoint: Checkpoint) -> qwen3_5.Model:
+    return _built(lambda config: qwen3_5.Model(qwen3_5.TextConfig.from_dict(config)), checkpoint)
+
+
 def _qwen_target(checkpoint: Checkpoint, dtype: mx.Dtype | None) -> qwen3_5.Model:
     checkpoint.check_sizes()
-    model = _built(lambda config: qwen3_5.Model(qwen3_5.TextConfig.from_dict(config)), checkpoint)
+    model = _qwen(checkpoint)
     checkpoint.fill(model, model.sanitize, dtype, exact=("A_log",))
     return model
 
@@ -310,8 +318,7 @@ def load_pair(
     With a `group` of several machines each of them calls this, keeps its part of the target, and gets a pair that
     all of them have to run in step, one text after the other (docs/machines.md).
     """
-    if kv_bits not in (None, 4, 8):
-        raise RequestError(f"keys and values cannot be held in {kv_bits} bits; give 4 or 8, or leave it out")
+    _check_bits(kv_bits)
     if dtype is not None and not mx.issubdtype(dtype, mx.floating):
         raise RequestError(f"weights cannot be {dtype}; give a floating-point type such as mx.float32")
     checkpoint = open_target(find(model, open_target))
@@ -373,6 +380,11 @@ def _identity(checkpoint: Checkpoint, networks: list[nn.Module], *options: objec
     drafts: dict[str, mx.array] = dict(tree_flatten(networks[1].parameters())) if networks[1:] else {}
     shapes = [(name, array.shape, array.dtype) for name, array in drafts.items()]
     return str([dict(checkpoint.config), shapes, options, [version(name) for name in names]])
+
+
+def _check_bits(kv_bits: int | None) -> None:
+    if kv_bits not in (None, 4, 8):
+        raise RequestError(f"keys and values cannot be held in {kv_bits} bits; give 4 or 8, or leave it out")
 
 
 def _check_kv(target: Target, kv_bits: int | None) -> None:
@@ -641,9 +653,7 @@ def hollow_target(checkpoint: Checkpoint) -> Target:
             f"a model of type {checkpoint.model_type!r} has no drafter here; supported are "
             f"{', '.join(sorted(_TARGETS))}"
         )
-    if build is _qwen_target:
-        return _built(lambda config: qwen3_5.Model(qwen3_5.TextConfig.from_dict(config)), checkpoint)
-    return _built(lambda config: gemma4.Model(gemma4.TextConfig.from_dict(config)), checkpoint)
+    return _qwen(checkpoint) if build is _qwen_target else _gemma4(checkpoint)
 
 
 def pair_up(
@@ -659,8 +669,7 @@ def pair_up(
 
     `checkpoint` is where the target came from. Where that is not known its folder is none, and only the config speaks.
     """
-    if kv_bits not in (None, 4, 8):
-        raise RequestError(f"keys and values cannot be held in {kv_bits} bits; give 4 or 8, or leave it out")
+    _check_bits(kv_bits)
     _check_kv(target, kv_bits)
     choice = choose(model, checkpoint, drafter)
     chosen, reason, build_drafter = _drafter(choice, checkpoint)

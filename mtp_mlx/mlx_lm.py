@@ -27,7 +27,7 @@ from mtp_mlx.generation import Response, draw_seed
 from mtp_mlx.hub import find
 from mtp_mlx.loading import open_target
 from mtp_mlx.model import Model
-from mtp_mlx.sampling import Greedy, Sample, Sampler
+from mtp_mlx.sampling import Greedy, Sampler, choose_sampler
 
 
 @dataclass(frozen=True)
@@ -88,15 +88,15 @@ def make_sampler(
     """What mlx-lm's function of that name would make, as a value of ours: it is computed with the round."""
     if temp == 0:
         return Greedy()
-    return Sample(
+    return choose_sampler(
         temp,
-        top_p=top_p,
-        min_p=min_p,
+        top_p,
+        min_p,
+        top_k,
         min_tokens_to_keep=min_tokens_to_keep,
-        top_k=top_k,
         xtc_probability=xtc_probability,
         xtc_threshold=xtc_threshold,
-        xtc_special_tokens=tuple(xtc_special_tokens or ()),
+        xtc_special_tokens=xtc_special_tokens or (),
     )
 
 

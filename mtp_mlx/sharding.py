@@ -1,6 +1,6 @@
 """One target over several machines: each reads the checkpoint lazily and keeps its part of the layers only."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple, Protocol
@@ -37,15 +37,8 @@ class Layered(Protocol):
 class Unread(Checkpoint):
     """A checkpoint that fills a network with promises, of which some will never be read."""
 
-    def fill(
-        self,
-        model: nn.Module,
-        sanitize: Callable[[Mapping[str, mx.array]], dict[str, mx.array]],
-        dtype: mx.Dtype | None = None,
-        exact: tuple[str, ...] = (),
-    ) -> None:
-        self.lay(model, sanitize, dtype, exact)
-        self._check_experts(model)
+    def _read(self, model: nn.Module) -> None:
+        """Not yet: `share` does, once it is known what stays."""
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> "Unread":
